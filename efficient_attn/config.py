@@ -1,0 +1,71 @@
+"""Frozen dataclasses from plain mappings, built strictly: no key is dropped, no type is guessed."""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from beartype.door import is_bearable
+
+from efficient_attn.errors import UserError, unknown
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], options: Mapping[str, Any], *, where: str) -> T:
+    """An instance of the dataclass `cls` with `options` as its fields.
+
+    `where` names the options in messages ("config.train", "linformer"). Lists become tuples and
+    integers become floats where the field asks for that; nothing else is converted. A field whose
+    type is itself a dataclass takes a mapping.
+
+    Raises:
+        UserError: an unknown name, a value of another type, or whatever `cls.__post_init__` refuses.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values = {}
+    for name, value in options.items():
+        if name not in fields:
+            raise unknown(f"option of {where}", name, fields)
+        values[name] = _coerce(value, fields[name], where=f"{where}.{name}")
+    try:
+        return cls(**values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _coerce(value: Any, hint: Any, *, where: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping):
+        return build(hint, value, where=where)
+    if isinstance(value, list):
+        value = tuple(value)
+    members = typing.get_args(hint) or (hint,)
+    if isinstance(value, int) and not isinstance(value, bool) and float in members:
+        value = float(value) if int not in members else value
+    wrong_bool = isinstance(value, bool) and bool not in members and not _literal(hint, value)
+    if wrong_bool or not is_bearable(value, hint):
+        raise UserError(f"{where} must be {describe(hint)}, not {value!r}")
+    return value
+
+
+def _literal(hint: Any, value: Any) -> bool:
+    return typing.get_origin(hint) is typing.Literal and value in typing.get_args(hint)
+
+
+def describe(hint: Any) -> str:
+    """A type hint in words: `int`, `one of 'a', 'b'`, `float or None`."""
+    args = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(repr, args))
+    if typing.get_origin(hint) is tuple:
+        return "a tuple of " + describe(args[0])
+    if args:
+        return " or ".join(describe(a) for a in args)
+    return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `UserError(message)` unless the condition holds; for range checks in `__post_init__`."""
+    if not condition:
+        raise UserError(message)
