@@ -15,6 +15,7 @@ class Mask:
     causal: query t sees the keys s <= t; needs as many keys as queries.
     keys: False where a key is padding, which no query sees.
     segments: query t sees key s only if their numbers agree (self-attention over packed documents).
+        Each segment is one run of neighbours.
 
     In every op of this package a query that sees no key gets 0.
     """
@@ -26,19 +27,22 @@ class Mask:
     @property
     def needs(self) -> frozenset[str]:
         """What a mechanism must support to honour this mask."""
-        asked = {"causal": self.causal, "padding": self.keys, "segments": self.segments}
-        return frozenset(name for name, on in asked.items() if on is not None and on is not False)
+        asked = {
+            "causal": self.causal,
+            "padding": self.keys is not None,
+            "segments": self.segments is not None,
+        }
+        return frozenset(name for name, needed in asked.items() if needed)
 
-    def visible(self, queries: int, keys: int) -> Bool[Array, "#B 1 T S"]:
-        """The whole mask as booleans, for references and for paths that are quadratic anyway."""
-        self.check(queries, keys)
-        seen = jnp.ones((1, 1, queries, keys), bool)
+    def visible(self, rows: Int[Array, " T"], keys: int) -> Bool[Array, "#B 1 T S"]:
+        """The mask of the queries at positions `rows` against all keys, written out."""
+        seen = jnp.ones((1, 1, len(rows), keys), bool)
         if self.causal:
-            seen &= jnp.arange(queries)[:, None] >= jnp.arange(keys)
+            seen &= rows[:, None] >= jnp.arange(keys)
         if self.keys is not None:
             seen &= self.keys[:, None, None, :]
         if self.segments is not None:
-            seen &= (self.segments[:, :, None] == self.segments[:, None, :])[:, None]
+            seen &= (self.segments[:, rows, None] == self.segments[:, None, :])[:, None]
         return seen
 
     def check(self, queries: int, keys: int) -> None:

@@ -1,0 +1,1 @@
+"""Efficient transformers and attention in JAX/Flax: interchangeable mechanisms in shared backbones."""

@@ -1,0 +1,81 @@
+"""Scaled dot-product attention (Vaswani et al. 2017, arXiv 1706.03762, equation 1)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float
+
+from kernels.dispatch import Backend, choose
+from kernels.mask import Mask
+
+DENSE_LOGITS = 1 << 20
+"""Up to this many logits per head, T x S, are held at once; longer queries go chunk by chunk."""
+
+
+def softmax_attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G Dv"],
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    logit_cap: float | None = None,
+    backend: Backend = "auto",
+) -> Float[Array, "B T H Dv"]:
+    """softmax(scale q k^T) v, each row over the keys it sees; 0 where it sees none.
+
+    G key-value heads serve H query heads, G dividing H: G = H is multi-head, 1 < G < H grouped-query
+    (arXiv 2305.13245), G = 1 multi-query attention (arXiv 1911.02150). `scale` is 1/sqrt(D) by
+    default. `logit_cap` c replaces a logit l by c tanh(l / c) (Gemma 2, arXiv 2408.00118). Logits
+    and their softmax are float32 whatever the inputs are. Memory is linear in T for a given S.
+
+    Raises:
+        ValueError: the mask does not fit, or G does not divide H.
+        NotImplementedError: the op has no such backend.
+    """
+    mask = mask or Mask()
+    mask.check(q.shape[1], k.shape[1])
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{k.shape[2]} key-value heads do not divide {q.shape[2]} heads")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    run = choose("softmax_attention", backend, {"xla": _xla})
+    return run(q, k, v, mask=mask, scale=scale, logit_cap=logit_cap)
+
+
+def _xla(q, k, v, *, mask: Mask, scale: float, logit_cap: float | None):
+    queries, keys, heads = q.shape[1], k.shape[1], q.shape[2]
+    q = rearrange(q, "b t (g n) d -> b t g n d", g=k.shape[2])
+    rows = functools.partial(_rows, k=k, v=v, mask=mask, scale=scale, logit_cap=logit_cap)
+    chunk = max(1, DENSE_LOGITS // keys)
+    if queries <= chunk:
+        out = rows(q, jnp.arange(queries))
+    else:
+        out = _chunked(rows, q, chunk)
+    return rearrange(out, "b t g n d -> b t (g n) d", n=heads // k.shape[2])
+
+
+def _chunked(rows, q, chunk: int):
+    """`rows` over chunks of queries, one chunk's logits alive at a time, backward as well."""
+    queries = q.shape[1]
+    chunks = -(-queries // chunk)
+    padded = jnp.pad(q, [(0, 0), (0, chunks * chunk - queries)] + [(0, 0)] * 3)
+    padded = rearrange(padded, "b (n c) g m d -> n b c g m d", n=chunks)
+    at = jnp.minimum(jnp.arange(chunks * chunk), queries - 1).reshape(chunks, chunk)
+    out = jax.lax.map(jax.checkpoint(lambda pair: rows(*pair)), (padded, at))
+    return rearrange(out, "n b c g m d -> b (n c) g m d")[:, :queries]
+
+
+def _rows(q, at, *, k, v, mask: Mask, scale: float, logit_cap: float | None):
+    """The output of the queries `q`, which stand at positions `at`."""
+    logits = jnp.einsum("btgnd,bsgd->bgnts", q, k, preferred_element_type=jnp.float32) * scale
+    if logit_cap is not None:
+        logits = logit_cap * jnp.tanh(logits / logit_cap)
+    if mask.needs:
+        logits = jnp.where(mask.visible(at, k.shape[1])[:, :, None], logits, -jnp.inf)
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0.0))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights / jnp.where(total > 0, total, 1.0)
+    return jnp.einsum("bgnts,bsgd->btgnd", weights.astype(v.dtype), v)
