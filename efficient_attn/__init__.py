@@ -1,1 +1,1 @@
-"""Efficient transformers and attention in JAX/Flax: interchangeable mechanisms in shared backbones."""
+"""Efficient attention in JAX/Flax: interchangeable mechanisms in shared backbones."""

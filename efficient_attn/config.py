@@ -20,7 +20,8 @@ def build(cls: type[T], options: Mapping[str, Any], *, where: str) -> T:
     type is itself a dataclass takes a mapping.
 
     Raises:
-        UserError: an unknown name, a value of another type, or whatever `cls.__post_init__` refuses.
+        UserError: an unknown name, a value of another type, or whatever `cls.__post_init__`
+        refuses.
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -62,10 +63,11 @@ def describe(hint: Any) -> str:
         return "a tuple of " + describe(args[0])
     if args:
         return " or ".join(describe(a) for a in args)
-    return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))
+    name = getattr(hint, "noun", getattr(hint, "__name__", str(hint)))
+    return "None" if hint is type(None) else name
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise `UserError(message)` unless the condition holds; for range checks in `__post_init__`."""
+    """Raise `UserError(message)` unless the condition holds."""
     if not condition:
         raise UserError(message)

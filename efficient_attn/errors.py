@@ -7,8 +7,8 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """A mistake in a config, a flag, a file or a run directory.
 
-    `train.py` and `eval.py` print its message, without a traceback, and exit with code 2. Everything
-    else that is raised is a fault of ours and keeps its traceback.
+    `train.py` and `eval.py` print its message, without a traceback, and exit with code 2.
+    Everything else that is raised is a fault of ours and keeps its traceback.
     """
 
 

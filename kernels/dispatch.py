@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: an explicit choice runs or raises, `auto` takes the first that can."""
+"""Which implementation of an op runs: a named one, or it raises; `auto`, the first that can."""
 
 import functools
 import logging

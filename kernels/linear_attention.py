@@ -5,8 +5,9 @@
 over the keys s that query t sees (Katharopoulos et al. 2020, arXiv 2006.16236, equations 4-12;
 Choromanski et al. 2021, arXiv 2009.14794, equations 3-4). q and k are features, made outside.
 `log_scale`, one number per key, carries magnitudes that float32 could not: each row's own maximum
-over the keys it sees is taken out before exponentiating, as an online softmax does. It cancels in the
-quotient, so the result is exact, no constant is added to the normaliser, and no future key has a say.
+over the keys it sees is taken out before exponentiating, as an online softmax does. It cancels in
+the quotient, so the result is exact, no constant is added to the normaliser, and no future key has
+a say.
 """
 
 import functools
@@ -150,7 +151,7 @@ def _chunk(carry, part, *, order):
     (memory, top), segment = carry
     q, k, values, scale, segments = part
     same = segments == segment[:, None]  # rows that still belong to the segment of the state
-    seen = order & (segments[:, :, None] == segments[:, None, :])
+    seen = order[None] & (segments[:, :, None] == segments[:, None, :])
     key_scale = rearrange(scale, "b s h -> b h 1 s")
     within = jnp.where(seen[:, None], key_scale, -jnp.inf)
     past = jnp.where(same[:, None, :], top[..., None], -jnp.inf)
@@ -165,5 +166,7 @@ def _chunk(carry, part, *, order):
     past = jnp.where((segment == last)[:, None], top, -jnp.inf)
     new = jax.lax.stop_gradient(jnp.maximum(past, jnp.max(scale, axis=1)))
     memory = memory * jnp.exp(past - _finite(new))[..., None, None]
-    memory += jnp.einsum("bshr,bshd->bhrd", k * jnp.exp(scale - _finite(new)[:, None])[..., None], values)
+    memory += jnp.einsum(
+        "bshr,bshd->bhrd", k * jnp.exp(scale - _finite(new)[:, None])[..., None], values
+    )
     return (LinearState(memory, new), last), (sums, rearrange(row_top, "b h t -> b t h"))

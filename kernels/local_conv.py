@@ -23,8 +23,8 @@ def local_conv(
 ) -> Float[Array, "B T E"]:
     """Convolve x with K taps; channel c belongs to head c H // E.
 
-    Weights [1, 1, H, K] are a lightweight, [B, T, H, K] a dynamic convolution. Padding counts as zero,
-    segments do not see each other, and a causal mask puts all taps at or before t.
+    Weights [1, 1, H, K] are a lightweight, [B, T, H, K] a dynamic convolution. Padding counts as
+    zero, segments do not see each other, and a causal mask puts all taps at or before t.
 
     Raises:
         ValueError: the mask does not fit, or H does not divide E.
@@ -44,7 +44,9 @@ def _xla(x, weights, *, mask: Mask):
         x = jnp.where(mask.keys[:, :, None], x, 0)
     past = taps - 1 if mask.causal else (taps - 1) // 2
     around = (past, taps - 1 - past)
-    heads = jnp.pad(rearrange(x, "b t (h d) -> b t h d", h=weights.shape[2]), [(0, 0), around, (0, 0), (0, 0)])
+    heads = jnp.pad(
+        rearrange(x, "b t (h d) -> b t h d", h=weights.shape[2]), [(0, 0), around, (0, 0), (0, 0)]
+    )
     segments = mask.segments
     if segments is not None:
         beside = jnp.pad(segments, [(0, 0), around], mode="edge")

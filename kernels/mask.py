@@ -38,7 +38,7 @@ class Mask:
         """The mask of the queries at positions `rows` against all keys, written out."""
         seen = jnp.ones((1, 1, len(rows), keys), bool)
         if self.causal:
-            seen &= rows[:, None] >= jnp.arange(keys)
+            seen &= (rows[:, None] >= jnp.arange(keys)[None])[None, None]
         if self.keys is not None:
             seen &= self.keys[:, None, None, :]
         if self.segments is not None:

@@ -48,9 +48,13 @@ def local_conv(x, weights, *, mask=None):
     past = taps - 1 if mask.causal else (taps - 1) // 2
     weights = jnp.broadcast_to(weights, (batch, length, heads, taps))
     seen = _visible(Mask(keys=mask.keys, segments=mask.segments), length, length)
-    source = jnp.arange(length)[None, :] - jnp.arange(length)[:, None] + past  # tap that reads s at t
+    source = (
+        jnp.arange(length)[None, :] - jnp.arange(length)[:, None] + past
+    )  # tap that reads s at t
     inside = (source >= 0) & (source < taps) & seen
-    matrix = weights[:, jnp.arange(length)[:, None], :, jnp.clip(source, 0, taps - 1)]  # [T, S, B, H]
+    matrix = weights[
+        :, jnp.arange(length)[:, None], :, jnp.clip(source, 0, taps - 1)
+    ]  # [T, S, B, H]
     matrix = jnp.where(inside, matrix.transpose(2, 3, 0, 1), 0.0)
     by_head = x.reshape(batch, length, heads, width // heads)
     return jnp.einsum("bhts,bshd->bthd", matrix, by_head).reshape(x.shape)

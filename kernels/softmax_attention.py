@@ -26,10 +26,11 @@ def softmax_attention(
 ) -> Float[Array, "B T H Dv"]:
     """softmax(scale q k^T) v, each row over the keys it sees; 0 where it sees none.
 
-    G key-value heads serve H query heads, G dividing H: G = H is multi-head, 1 < G < H grouped-query
-    (arXiv 2305.13245), G = 1 multi-query attention (arXiv 1911.02150). `scale` is 1/sqrt(D) by
-    default. `logit_cap` c replaces a logit l by c tanh(l / c) (Gemma 2, arXiv 2408.00118). Logits
-    and their softmax are float32 whatever the inputs are. Memory is linear in T for a given S.
+    G key-value heads serve H query heads, G dividing H: G = H is multi-head, 1 < G < H grouped-
+    query (arXiv 2305.13245), G = 1 multi-query attention (arXiv 1911.02150). `scale` is 1/sqrt(D)
+    by default. `logit_cap` c replaces a logit l by c tanh(l / c) (Gemma 2, arXiv 2408.00118).
+    Logits and their softmax are float32 whatever the inputs are. Memory is linear in T for a given
+    S.
 
     Raises:
         ValueError: the mask does not fit, or G does not divide H.
@@ -49,10 +50,7 @@ def _xla(q, k, v, *, mask: Mask, scale: float, logit_cap: float | None):
     q = rearrange(q, "b t (g n) d -> b t g n d", g=k.shape[2])
     rows = functools.partial(_rows, k=k, v=v, mask=mask, scale=scale, logit_cap=logit_cap)
     chunk = max(1, DENSE_LOGITS // keys)
-    if queries <= chunk:
-        out = rows(q, jnp.arange(queries))
-    else:
-        out = _chunked(rows, q, chunk)
+    out = rows(q, jnp.arange(queries)) if queries <= chunk else _chunked(rows, q, chunk)
     return rearrange(out, "b t g n d -> b t (g n) d", n=heads // k.shape[2])
 
 

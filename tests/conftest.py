@@ -1,4 +1,4 @@
-"""Strictness for every test: shapes are checked, ranks never promote silently, 8 CPU devices exist."""
+"""Strictness for every test: shapes checked, no silent rank promotion, 8 CPU devices."""
 
 import os
 import sys
@@ -8,3 +8,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+install_import_hook(["efficient_attn", "kernels"], "beartype.beartype")
+jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -1,0 +1,158 @@
+"""Attention mechanisms behind one contract: `build` makes any of them by its expression."""
+
+import functools
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+
+from efficient_attn.attention.base import (
+    CAPABILITIES,
+    Buffer,
+    Choice,
+    Core,
+    Cost,
+    Mechanism,
+    Mixer,
+    Site,
+)
+from efficient_attn.attention.diagnostics import Diagnostic, collapsed
+from efficient_attn.attention.linformer import Linformer
+from efficient_attn.attention.lsra import Lsra
+from efficient_attn.attention.multihead import MultiHead, make_mixer, mixer_cost
+from efficient_attn.attention.performer import Performer
+from efficient_attn.attention.softmax import Softmax
+from efficient_attn.attention.spec import parse, tile
+from efficient_attn.errors import UserError
+
+__all__ = [
+    "CAPABILITIES",
+    "MIXERS",
+    "Buffer",
+    "Choice",
+    "Core",
+    "Cost",
+    "Mechanism",
+    "Mixer",
+    "MultiHead",
+    "Row",
+    "Site",
+    "build",
+    "collapsed",
+    "cost",
+    "describe",
+    "diagnose",
+    "pattern",
+    "refresh",
+]
+
+MIXERS: dict[str, type[Mechanism]] = {
+    "softmax": Softmax,
+    "linformer": Linformer,
+    "performer": Performer,
+    "lsra": Lsra,
+}
+"""Every mechanism, by the name that `config.attention` gives it. A new one adds its line here."""
+
+
+def pattern(text: str, depth: int) -> tuple[Choice, ...]:
+    """The mechanism of each of `depth` layers; see `spec.parse` and `spec.tile` for errors."""
+    return tile(parse(text, MIXERS), depth)
+
+
+def build(
+    choice: Choice | str,
+    site: Site,
+    *,
+    needs: Iterable[str],
+    rngs: nnx.Rngs,
+    shared: dict[str, nnx.Module] | None = None,
+) -> Mixer:
+    """The mixer that `choice` names, for `site`, refused before tracing if it lacks what is needed.
+
+    `needs` are names out of `CAPABILITIES`. `shared` collects modules that several layers use (see
+    `Core`); the caller keeps it and passes it at every call.
+
+    Raises:
+        UserError: an unknown need, a need that the mechanism does not support, options that do not
+        fit the site.
+    """
+    if isinstance(choice, str):
+        (choice,) = pattern(choice, 1)
+    missing = frozenset(needs) - choice.mechanism.capabilities(choice.config)
+    if missing:
+        raise UserError(
+            f"{choice} does not support {', '.join(sorted(missing))}, which this model needs; "
+            f"use one of: {', '.join(_able(frozenset(needs)))}"
+        )
+    return make_mixer(choice, site, rngs=rngs, shared={} if shared is None else shared)
+
+
+def _able(needs: frozenset[str]) -> list[str]:
+    return [name for name, cls in MIXERS.items() if needs <= cls.capabilities(cls.Config())]
+
+
+def cost(choice: Choice | str, site: Site, length: int) -> Cost:
+    """Multiply-adds and decoding state of the whole mixer at `length` tokens."""
+    if isinstance(choice, str):
+        (choice,) = pattern(choice, 1)
+    return mixer_cost(choice, site, length)
+
+
+def refresh(model: nnx.Module, step: jax.Array) -> None:
+    """Redraw, in place, every random projection whose turn it is at training step `step`."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Mechanism):
+            module.refresh(step)
+
+
+def diagnose(model: nnx.Module, inputs: jax.Array) -> dict[str, float]:
+    """How far every estimated attention of `model` is from exact attention on `inputs`.
+
+    Returns, for each performer at path P, "P/error", "P/uniform_error", "P/features" (see
+    `diagnostics.estimate_quality`) and "P/collapsed" (0 or 1). Empty where nothing is estimated.
+    """
+    found = {}
+    for path, (quality,) in _watch(*nnx.split(model), inputs).items():
+        numbers = {name: float(value) for name, value in quality.items()}
+        numbers["collapsed"] = float(collapsed(numbers))
+        found |= {f"{path}/{name}": value for name, value in numbers.items()}
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _watch(graph, state, inputs):
+    model = nnx.merge(graph, state)
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Core):
+            module.watched = True
+    _, said = nnx.capture(model, Diagnostic)(inputs, rngs=None)
+    return {"/".join(map(str, path[:-1])): var.get_value() for path, var in nnx.to_flat_state(said)}
+
+
+class Row(NamedTuple):
+    """One mechanism in the table of `describe`."""
+
+    name: str
+    options: str
+    supports: tuple[str, ...]
+    summary: str
+    paper: str
+
+
+def describe() -> list[Row]:
+    """Every mechanism with its options and defaults, what it supports, and its paper."""
+    rows = []
+    for name, cls in MIXERS.items():
+        config = cls.Config()
+        options = ", ".join(f"{f.name}={_show(getattr(config, f.name))}" for f in fields(config))
+        able = tuple(c for c in CAPABILITIES if c in cls.capabilities(config))
+        summary = (cls.__doc__ or "").strip().splitlines()[0]
+        rows.append(Row(name, options, able, summary, cls.paper))
+    return rows
+
+
+def _show(value: object) -> str:
+    return str(value) if isinstance(value, Choice) else repr(value)

@@ -1,0 +1,197 @@
+"""The contract of every attention mechanism: a core inside `MultiHead`, or a mixer of its own."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from efficient_attn.config import require
+from kernels import Mask
+from kernels.dispatch import Backend
+
+CAPABILITIES = ("padding", "causal", "cross", "segments", "decode", "grid")
+
+
+class Buffer(nnx.Variable):
+    """State that is carried, saved and restored with a model, but never trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """Where a mixer stands: what it must know of the backbone around it.
+
+    seq: the longest sequence of keys it will see. layer: its index in the stack, from 0. rotary:
+    whether queries and keys of self-attention are turned by rotary positions.
+    """
+
+    width: int
+    heads: int
+    seq: int
+    layer: int = 0
+    rotary: bool = False
+    dtype: Any = jnp.float32
+    backend: Backend = "auto"
+
+    def __post_init__(self):
+        require(
+            self.heads > 0 and self.width % self.heads == 0,
+            f"heads={self.heads} does not divide width={self.width}; choose a divisor of the width",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head, D."""
+        return self.width // self.heads
+
+
+class Cost(NamedTuple):
+    """What one forward pass of one example takes.
+
+    multiply_adds: in matrix products and convolutions, at length T. state_bytes: what decoding
+    holds after T tokens, float32, or None where the mechanism does not decode.
+    """
+
+    multiply_adds: int
+    state_bytes: int | None
+
+
+class Mechanism(nnx.Module):
+    """What cores and mixers have in common: options, capabilities and cost, stated as data."""
+
+    @dataclass(frozen=True)
+    class Config:
+        """The mechanism's own numbers, and no others."""
+
+    paper: ClassVar[str]
+    supports: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def capabilities(cls, config: Any) -> frozenset[str]:
+        """What the mechanism supports with these options; by default all of `supports`."""
+        return cls.supports
+
+    @classmethod
+    def cost(cls, config: Any, site: Site, length: int) -> Cost:
+        """Cost at `length` tokens of self-attention, projections of `MultiHead` not included."""
+        raise NotImplementedError
+
+    def refresh(self, step: jax.Array) -> None:
+        """Change, in place, what changes with the training step alone: by default nothing."""
+
+
+class Core(Mechanism):
+    """(q [B,T,H,D], k [B,S,G,D], v [B,S,G,D], mask) -> [B,T,H,D]; `MultiHead` makes it a mixer.
+
+    A subclass takes `(config, site, *, rngs, shared)`. One that estimates softmax attention sows a
+    `Diagnostic` of its estimate while `watched` is set. Modules that several layers use go into the
+    dict `shared` at construction, under a key of the mechanism's own; the backbone keeps that dict
+    and hands it back at every call.
+    """
+
+    def __init__(self, config: Any, site: Site, *, rngs: nnx.Rngs, shared: dict[str, nnx.Module]):
+        self.config = config
+        self.site = site
+        self.watched = False
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key-value heads, G; by default as many as query heads."""
+        return self.site.heads
+
+    def __call__(
+        self,
+        q: Float[Array, "B T H D"],
+        k: Float[Array, "B S G D"],
+        v: Float[Array, "B S G D"],
+        *,
+        mask: Mask,
+        shared: Mapping[str, nnx.Module],
+    ) -> Float[Array, "B T H D"]:
+        """Mix the values; 0 for a query that sees no key."""
+        raise NotImplementedError
+
+    def init_state(self, batch: int, dtype: Any) -> Any:
+        """What decoding carries from token to token, before the first."""
+        raise NotImplementedError
+
+    def step(
+        self,
+        q: Float[Array, "B 1 H D"],
+        k: Float[Array, "B 1 G D"],
+        v: Float[Array, "B 1 G D"],
+        state: Any,
+        *,
+        position: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B 1 H D"], Any]:
+        """One token at `position` (from 0) of causal self-attention, and the next state."""
+        raise NotImplementedError
+
+
+class Mixer(Mechanism):
+    """(x [B,T,E], context [B,S,E] | None, mask, positions, rngs) -> [B,T,E].
+
+    A subclass takes `(config, site, *, rngs, shared)`, as a core does.
+    """
+
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        context: Float[Array, "B S E"] | None = None,
+        *,
+        mask: Mask,
+        positions: Int[Array, "#B T"] | None = None,
+        rngs: nnx.Rngs | None = None,
+        shared: Mapping[str, nnx.Module],
+    ) -> Float[Array, "B T E"]:
+        """Mix along the sequence.
+
+        `positions`, 0 to T-1 by default, are where the tokens stand for rotary positions. `rngs`
+        supplies dropout; without it nothing is dropped.
+        """
+        raise NotImplementedError
+
+    def init_state(self, batch: int, dtype: Any) -> Any:
+        """What decoding carries from token to token, before the first."""
+        raise NotImplementedError
+
+    def step(
+        self,
+        x: Float[Array, "B 1 E"],
+        state: Any,
+        *,
+        position: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B 1 E"], Any]:
+        """One token at `position` (from 0), equal to that row of the causal forward pass."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A mechanism and its options, as an expression names them; `str` gives the expression back."""
+
+    noun: ClassVar[str] = "a mechanism"
+    name: str
+    mechanism: type[Mechanism]
+    config: Any
+
+    def __str__(self) -> str:
+        options = []
+        for field in fields(self.config):
+            value = getattr(self.config, field.name)
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            if value != default:
+                options.append(
+                    f"{field.name}={value if isinstance(value, Choice) else repr(value)}"
+                )
+        return f"{self.name}({', '.join(options)})" if options else self.name
+
+
+def refuse_mask(name: str, mask: Mask, capabilities: frozenset[str]) -> None:
+    """Raise ValueError for a mask that a mechanism would otherwise ignore."""
+    missing = mask.needs - capabilities
+    if missing:
+        raise ValueError(f"{name} cannot honour a mask with {', '.join(sorted(missing))}")

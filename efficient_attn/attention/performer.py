@@ -1,0 +1,129 @@
+"""Performer: softmax attention estimated by random features (FAVOR+), or any other kernel."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+
+from efficient_attn.attention.base import Buffer, Core, Cost
+from efficient_attn.attention.diagnostics import Diagnostic, estimate_quality
+from efficient_attn.attention.features import FeatureMap, draw_projection, feature_map
+from efficient_attn.config import require
+from kernels import linear_attention, linear_attention_init, linear_attention_step
+
+SOFTMAX_MAPS = ("positive", "hyperbolic", "trigonometric")
+CHUNK = 128
+
+
+class Performer(Core):
+    """D^-1 phi(q) (phi(k)^T v), D = diag(phi(q) phi(k)^T 1) (arXiv 2009.14794, equation 4).
+
+    phi is FAVOR+'s random features of the softmax kernel, or a generalised kernel. Causal
+    attention runs by chunked prefix sums. Scales are taken out row by row in float32
+    (`kernels.linear_attention`): rows sum to 1, no constant is added to the normaliser, and
+    neither a later key nor another example has any influence.
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        """features: rows R of the projection; None is D ln D, the paper's order of magnitude
+        (theorem 4). "hyperbolic" and "trigonometric" use each row twice.
+        feature_map: "positive" is FAVOR+; "hyperbolic" and "trigonometric" estimate softmax too
+        (the last for ablations: its normaliser can vanish or turn negative); the others are
+        generalised kernels (section 2.3).
+        projection: "orthogonal", "regularised" (row norm sqrt(D)), "iid"; "none" for a generalised
+        kernel on the queries and keys themselves.
+        redraw: steps of training between two draws of the projection; 0 keeps the first.
+        epsilon: added to generalised features that can vanish; the paper's 1e-3.
+        """
+
+        features: int | None = None
+        feature_map: FeatureMap = "positive"
+        projection: Literal["orthogonal", "regularised", "iid", "none"] = "orthogonal"
+        redraw: int = 0
+        epsilon: float = 1e-3
+
+        def __post_init__(self):
+            require(
+                self.features is None or self.features > 0,
+                f"features={self.features} must be positive",
+            )
+            require(self.redraw >= 0, f"redraw={self.redraw} must be 0 or a number of steps")
+            require(self.epsilon >= 0, f"epsilon={self.epsilon} must not be negative")
+            require(
+                self.projection != "none" or self.feature_map not in SOFTMAX_MAPS,
+                f"feature_map={self.feature_map!r} needs a projection; "
+                "projection='none' goes with relu, elu, ...",
+            )
+
+    paper = "Rethinking Attention with Performers, arXiv 2009.14794"
+    supports = frozenset({"padding", "causal", "cross", "segments", "decode"})
+
+    def __init__(self, config, site, *, rngs, shared):
+        super().__init__(config, site, rngs=rngs, shared=shared)
+        if config.projection != "none":
+            key = rngs.params()
+            self.key = Buffer(jax.random.key_data(key))
+            self.projection = Buffer(self._draw(key, 0))
+
+    @classmethod
+    def cost(cls, config, site, length):
+        """Features of q and k, then T R (D + 1) twice; the same for any T in decoding."""
+        projected, rows = _features(config, site)
+        features = 0 if config.projection == "none" else 2 * length * projected * site.width
+        attend = 2 * length * rows * (site.head_dim + 1) * site.heads
+        return Cost(features + attend, 4 * site.heads * rows * (site.head_dim + 1))
+
+    def __call__(self, q, k, v, *, mask, shared):
+        """See `kernels.linear_attention`."""
+        (q_features, _), (k_features, scale) = self.features(q), self.features(k)
+        out = linear_attention(
+            q_features, k_features, v,
+            log_scale=scale, mask=mask, chunk=CHUNK, backend=self.site.backend,
+        )  # fmt: skip
+        if self.watched and self.config.feature_map in SOFTMAX_MAPS:
+            self.sow(Diagnostic, "favor", estimate_quality(self, q, k, v, out, mask=mask))
+        return out
+
+    def features(self, x):
+        """(features, log_scale) of queries or keys; see `features.feature_map`."""
+        w = None if self.config.projection == "none" else self.projection[...]
+        return feature_map(x, w, kind=self.config.feature_map, epsilon=self.config.epsilon)
+
+    def init_state(self, batch, dtype):
+        """Sums over the past, float32 whatever `dtype`; their size does not grow with it."""
+        rows = _features(self.config, self.site)[1]
+        return linear_attention_init(batch, self.site.heads, rows, self.site.head_dim)
+
+    def step(self, q, k, v, state, *, position):
+        """See `kernels.linear_attention_step`."""
+        (q_features, _), (k_features, scale) = self.features(q), self.features(k)
+        return linear_attention_step(q_features, k_features, v, state, log_scale=scale)
+
+    def refresh(self, step: jax.Array) -> None:
+        """Redraw the projection where `step` is a multiple of `redraw`.
+
+        What is drawn depends on the key of construction and on step // redraw alone.
+        """
+        if self.config.redraw == 0 or self.config.projection == "none":
+            return
+        key = jax.random.wrap_key_data(self.key[...])
+        self.projection[...] = jax.lax.cond(
+            step % self.config.redraw == 0,
+            lambda: self._draw(key, step // self.config.redraw),
+            lambda: self.projection[...],
+        )
+
+    def _draw(self, key, count):
+        rows = _features(self.config, self.site)[0]
+        key = jax.random.fold_in(key, count)
+        return draw_projection(key, rows, self.site.head_dim, self.config.projection)
+
+
+def _features(config, site) -> tuple[int, int]:
+    """(rows of the projection, features): without a projection there are D features."""
+    rows = config.features or max(1, round(site.head_dim * math.log(max(site.head_dim, 2))))
+    if config.projection == "none":
+        return 0, site.head_dim
+    return rows, rows * (2 if config.feature_map in ("hyperbolic", "trigonometric") else 1)

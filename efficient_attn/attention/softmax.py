@@ -1,0 +1,85 @@
+"""Exact scaled dot-product attention."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from efficient_attn.attention.base import Core, Cost
+from efficient_attn.config import require
+from kernels import Mask, softmax_attention
+
+
+class KeyValueCache(NamedTuple):
+    """Keys and values of the tokens so far; rows past the present are zero."""
+
+    keys: Float[Array, "B S G D"]
+    values: Float[Array, "B S G D"]
+
+
+class Softmax(Core):
+    """softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, equation 1); quadratic in the length."""
+
+    @dataclass(frozen=True)
+    class Config:
+        """kv_heads: G key-value heads for H query heads; None is H, 1 is multi-query attention
+        (arXiv 1911.02150), between them grouped-query attention (arXiv 2305.13245).
+        logit_cap: c in l -> c tanh(l / c) (Gemma 2, arXiv 2408.00118), or None.
+        """
+
+        kv_heads: int | None = None
+        logit_cap: float | None = None
+
+        def __post_init__(self):
+            require(
+                self.kv_heads is None or self.kv_heads > 0,
+                f"kv_heads={self.kv_heads} must be positive",
+            )
+            require(
+                self.logit_cap is None or self.logit_cap > 0,
+                f"logit_cap={self.logit_cap} must be positive; None turns it off",
+            )
+
+    paper = "Attention Is All You Need, arXiv 1706.03762"
+    supports = frozenset({"padding", "causal", "cross", "segments", "decode"})
+
+    def __init__(self, config, site, *, rngs, shared):
+        super().__init__(config, site, rngs=rngs, shared=shared)
+        require(
+            site.heads % self.kv_heads == 0,
+            f"softmax: kv_heads={self.kv_heads} does not divide heads={site.heads}",
+        )
+
+    @property
+    def kv_heads(self) -> int:
+        """G of the options, or H."""
+        return self.config.kv_heads or self.site.heads
+
+    @classmethod
+    def cost(cls, config, site, length):
+        """2 T^2 E multiply-adds; the cache holds T keys and values per key-value head."""
+        kept = 2 * length * (config.kv_heads or site.heads) * site.head_dim
+        return Cost(2 * length**2 * site.width, 4 * kept)
+
+    def __call__(self, q, k, v, *, mask, shared):
+        """See `kernels.softmax_attention`."""
+        return self._attend(q, k, v, mask)
+
+    def init_state(self, batch, dtype):
+        """An empty cache of the site's longest sequence."""
+        shape = (batch, self.site.seq, self.kv_heads, self.site.head_dim)
+        return KeyValueCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def step(self, q, k, v, state, *, position):
+        """Write this token's key and value at `position`, attend to all up to it."""
+        rows = jnp.arange(len(position))
+        keys = state.keys.at[rows, position].set(k[:, 0].astype(state.keys.dtype))
+        values = state.values.at[rows, position].set(v[:, 0].astype(state.values.dtype))
+        past = jnp.arange(keys.shape[1]) <= position[:, None]
+        return self._attend(q, keys, values, Mask(keys=past)), KeyValueCache(keys, values)
+
+    def _attend(self, q, k, v, mask):
+        return softmax_attention(
+            q, k, v, mask=mask, logit_cap=self.config.logit_cap, backend=self.site.backend
+        )

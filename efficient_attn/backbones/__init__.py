@@ -1,0 +1,43 @@
+"""Backbones: the same whatever the attention inside them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_attn.backbones.base import Build, Input
+from efficient_attn.backbones.encoder import Encoder
+from efficient_attn.backbones.vit import Vit
+from efficient_attn.config import build
+from efficient_attn.errors import unknown
+from kernels.dispatch import Backend
+
+__all__ = ["BACKBONES", "Encoder", "Input", "Vit", "create"]
+
+BACKBONES: dict[str, type[nnx.Module]] = {"encoder": Encoder, "vit": Vit}
+"""Every backbone, by the name that `config.model.name` gives it."""
+
+
+def create(
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    attention: str,
+    source: Input,
+    backend: Backend = "auto",
+    dtype: Any = jnp.float32,
+    rngs: nnx.Rngs,
+) -> nnx.Module:
+    """The backbone `name` with `options`, reading `source`, with `attention` in every block.
+
+    Raises:
+        UserError: an unknown name or option, a value out of range, or an input or an attention
+            that the backbone cannot take.
+    """
+    if name not in BACKBONES:
+        raise unknown("model", name, BACKBONES)
+    cls = BACKBONES[name]
+    config = build(cls.Config, options, where=f"config.model ({name})")
+    how = Build(attention=attention, backend=backend, dtype=dtype)
+    return cls(config, source, how, rngs=rngs)

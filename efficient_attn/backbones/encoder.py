@@ -1,0 +1,87 @@
+"""A transformer encoder that classifies sequences of tokens."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from efficient_attn.attention import Site
+from efficient_attn.backbones.base import Build, Classifier, Input, Pool, cls_token, prepend
+from efficient_attn.blocks.transformer import Shape, Stack
+from efficient_attn.errors import UserError
+from efficient_attn.layers.positions import sinusoids
+from kernels import Mask
+
+
+class Encoder(nnx.Module):
+    """Embedding, positions, a stack of blocks, pooling, a linear classifier."""
+
+    @dataclass(frozen=True)
+    class Config(Shape):
+        """The stack, and:
+        pool: "mean" over the tokens that are not padding, or "cls", a learned first token.
+        positions: added ("learned", "sinusoidal"), turned into queries and keys ("rotary") or
+        "none".
+        """
+
+        pool: Pool = "mean"
+        positions: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"
+
+    def __init__(self, config: Config, source: Input, build: Build, *, rngs: nnx.Rngs):
+        if source.kind != "tokens" or source.vocab is None:
+            raise UserError(
+                "model.name='encoder' reads tokens, not images; use 'vit', or data.layout='pixels'"
+            )
+        width, (length,) = config.width, source.shape
+        self.config = config
+        self.length = length
+        self.embed = nnx.Embed(
+            source.vocab,
+            width,
+            embedding_init=nnx.initializers.normal(1.0),
+            dtype=build.dtype,
+            rngs=rngs,
+        )
+        total = length + (config.pool == "cls")
+        if config.pool == "cls":
+            self.cls = cls_token(width, rngs)
+        if config.positions == "learned":
+            init = nnx.initializers.normal(0.02)
+            self.positions = nnx.Param(init(rngs.params(), (total, width)))
+        self.dropout = nnx.Dropout(config.dropout)
+        site = Site(
+            width=width, heads=config.heads, seq=total, rotary=config.positions == "rotary",
+            dtype=build.dtype, backend=build.backend,
+        )  # fmt: skip
+        self.stack = Stack(build.attention, config, site, needs={"padding"}, rngs=rngs)
+        self.classifier = Classifier(width, source.classes, pool=config.pool, rngs=rngs)
+
+    def __call__(
+        self, tokens: Int[Array, "B T"], *, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "B classes"]:
+        """Logits, float32; token 0 is padding. Without `rngs` nothing is dropped.
+
+        Raises:
+            ValueError: more tokens than the model was built for.
+        """
+        if tokens.shape[1] > self.length:
+            raise ValueError(
+                f"{tokens.shape[1]} tokens, but the encoder was built for {self.length}"
+            )
+        x, valid = self.embed(tokens), tokens != 0
+        if self.config.pool == "cls":
+            x = prepend(self.cls, x)
+            valid = jnp.pad(valid, [(0, 0), (1, 0)], constant_values=True)
+        x = self.dropout(self._place(x), deterministic=rngs is None, rngs=rngs)
+        x = self.stack(x, mask=Mask(keys=valid), rngs=rngs)
+        return self.classifier(x, valid)
+
+    def _place(self, x):
+        length, width = x.shape[1:]
+        if self.config.positions == "learned":
+            return x + self.positions[...][None, :length].astype(x.dtype)
+        if self.config.positions == "sinusoidal":
+            return x + jnp.asarray(sinusoids(jnp.arange(length), width), x.dtype)[None]
+        return x

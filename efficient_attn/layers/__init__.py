@@ -1,0 +1,1 @@
+"""Small parts with no opinion about attention: positions, MLP, embeddings."""
