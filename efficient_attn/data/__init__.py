@@ -1,0 +1,39 @@
+"""Data sets by name. Everything comes out as numpy; the batches are described in `base.py`."""
+
+from collections.abc import Callable
+
+from efficient_attn.data import digits, image_folder, listops, text_folder, tfds_set
+from efficient_attn.data.base import Config, Dataset, Image, Info, ListOps, Source, Text
+from efficient_attn.errors import unknown
+
+DATASETS: dict[str, Callable[[Config], Dataset]] = {
+    "digits": digits.load,
+    "listops": listops.load,
+    "tfds": tfds_set.load,
+    "text_folder": text_folder.load,
+    "image_folder": image_folder.load,
+}
+
+
+def load(config: Config) -> Dataset:
+    """The data set `config.name`.
+
+    Raises:
+        UserError: the name is unknown, or the set cannot be read as asked.
+    """
+    if config.name not in DATASETS:
+        raise unknown("data set", config.name, DATASETS)
+    return DATASETS[config.name](config)
+
+
+__all__ = [
+    "DATASETS",
+    "Config",
+    "Dataset",
+    "Image",
+    "Info",
+    "ListOps",
+    "Source",
+    "Text",
+    "load",
+]

@@ -1,0 +1,79 @@
+"""From image files to bytes, from bytes to what a model reads; keeping what fits in memory."""
+
+import math
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+
+from efficient_attn.data.base import Image, Info
+from efficient_attn.data.sources import Arrays, Finish, Items
+
+# What pillow raises over a damaged file, and over one that claims to be huge.
+UNREADABLE = (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError)
+GREY = {"1", "L", "LA"}
+DEEP = {"I", "F"}  # more than 8 bits: pillow would clip them, not scale them
+
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, what pillow's mode L uses
+
+
+def finish(options: Image, *, peak: int = 255) -> Finish:
+    """The map from integer images [B, H, W, C] in 0..peak to a model's inputs."""
+    return partial(_to_pixels if options.layout == "pixels" else _to_floats, peak=peak)
+
+
+def _to_floats(images: np.ndarray, *, peak: int) -> np.ndarray:
+    return images.astype(np.float32) / np.float32(peak)
+
+
+def _to_pixels(images: np.ndarray, *, peak: int) -> np.ndarray:
+    grey = images @ LUMA if images.shape[-1] == 3 else images[..., 0]
+    ids = np.rint(grey * np.float32(255 / peak)).astype(np.int32) + 1
+    return ids.reshape(len(images), -1)
+
+
+def info(
+    options: Image, *, shape: tuple[int, int, int], labels: tuple[str, ...], about: str
+) -> Info:
+    """The description of an image set of this (H, W, C), in the layout asked for."""
+    if options.layout == "pixels":
+        return Info("tokens", (shape[0] * shape[1],), labels, 257, about)
+    return Info("image", shape, labels, None, about)
+
+
+def header(path: Path) -> tuple[int, int, bool]:
+    """(height, width, whether it is grey) of an image file, without decoding it.
+
+    Raises:
+        UNREADABLE: no image, or one of more than 8 bits.
+    """
+    with PIL.Image.open(path) as image:
+        if image.mode.partition(";")[0] in DEEP:
+            raise ValueError(f"mode {image.mode} has more than 8 bits: convert it to 8")
+        return image.height, image.width, image.mode in GREY
+
+
+def decode(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
+    """The image as bytes of this (H, W, C), C being 1 or 3; its proportions are not kept.
+
+    Raises:
+        UNREADABLE: the file is damaged.
+    """
+    with PIL.Image.open(path) as image:
+        pixels = np.asarray(image.convert("L" if shape[2] == 1 else "RGB"))
+    if pixels.shape[:2] != shape[:2]:
+        pixels = resize(pixels, shape[:2])
+    return pixels.reshape(shape)
+
+
+def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bytes [h, w] or [h, w, 3] brought to `size` = (H, W): bilinear, averaging when it shrinks."""
+    image = PIL.Image.fromarray(pixels).resize((size[1], size[0]), PIL.Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
+def keep(items: Items, options: Image, *, text: str) -> Arrays | Items:
+    """The items in memory where `options.memory_mb` allows, else as they are."""
+    fits = len(items) * math.prod(items.shape) <= options.memory_mb * 2**20
+    return items.in_memory(text=text) if fits else items

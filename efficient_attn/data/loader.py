@@ -1,0 +1,43 @@
+"""From a source to batches: endless and shuffled for training, once and in order for evaluation."""
+
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from efficient_attn.data.base import Batch, Source
+from efficient_attn.data.sources import Arrays
+from efficient_attn.errors import UserError
+
+
+def train_batches(source: Source, *, batch_size: int, seed: int) -> grain.DatasetIterator:
+    """An endless iterator of batches; each epoch sees each example once, in an order of its own.
+
+    The order depends on `seed` alone. `get_state` and `set_state` give and take the position, and
+    `grain.checkpoint` saves it through orbax. A batch may hold the end of one epoch and the start
+    of the next, so every batch is full.
+
+    Raises:
+        UserError: the source is empty.
+    """
+    if len(source) == 0:
+        raise UserError("the train split is empty: hold out less of it, or add data")
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
+    batches = order.batch(batch_size).map(source.gather)
+    # One thread prepares the next batch while the model computes; decoding files takes more.
+    threads = 1 if isinstance(source, Arrays) else 4
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    return iter(batches.to_iter_dataset(options))
+
+
+def eval_batches(source: Source, *, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+    """Batches of the first `limit` examples (all by default), in order.
+
+    The last batch is filled up to `batch_size` with repeats of its last example, of weight 0.
+    """
+    count = len(source) if limit is None else min(limit, len(source))
+    for start in range(0, count, batch_size):
+        indices = np.arange(start, start + batch_size)
+        batch = source.gather(np.minimum(indices, count - 1))
+        batch["weight"] = np.where(indices < count, batch["weight"], np.float32(0))
+        yield batch

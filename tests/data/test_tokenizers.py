@@ -1,0 +1,54 @@
+import numpy as np
+import pytest
+
+from efficient_attn.data.tokenizers import Bytes, Words, matrix
+
+
+@pytest.mark.parametrize("text", ["plain", "naïve café", "日本", "\x00\n\t", "\ufeffmark"])
+def test_bytes_are_utf8_plus_one(text):
+    ids = Bytes().encode(text, max_len=100)
+    np.testing.assert_array_equal(ids - 1, list(text.encode("utf-8")))
+    assert ids.min() >= 1 and ids.max() < Bytes.vocab == 257
+
+
+def test_bytes_are_cut_at_max_len_even_within_a_character():
+    np.testing.assert_array_equal(
+        Bytes().encode("日本", max_len=4), Bytes().encode("日本", max_len=9)[:4]
+    )
+
+
+def test_an_empty_text_is_one_token():
+    np.testing.assert_array_equal(Bytes().encode("", max_len=5), [ord(" ") + 1])
+    words = Words(["a"])
+    for text in ("", " \n"):
+        np.testing.assert_array_equal(words.encode(text, max_len=5), [Words.UNKNOWN])
+
+
+def test_words_are_ranked_by_count_then_alphabet():
+    words = Words.build(["The cat, the dog.", "A dog! a cat? the end"], vocab=100)
+    assert list(words.ids) == ["the", "a", "cat", "dog", "!", ",", ".", "?", "end"]
+    assert list(words.ids.values()) == list(range(2, 11))
+    assert words.vocab == 11
+    np.testing.assert_array_equal(words.encode("THE bird end", max_len=9), [2, 1, 10])
+    np.testing.assert_array_equal(words.encode("the a cat", max_len=2), [2, 3])
+
+
+def test_the_vocabulary_is_capped_padding_and_unknown_included():
+    words = Words.build(["a a a b b c"], vocab=4)
+    assert list(words.ids) == ["a", "b"] and words.vocab == 4
+    np.testing.assert_array_equal(words.encode("a b c", max_len=3), [2, 3, 1])
+
+
+def test_the_vocabulary_does_not_depend_on_the_order_of_the_texts():
+    texts = ["b a", "c b", "a d"]
+    assert Words.build(texts, vocab=9).ids == Words.build(texts[::-1], vocab=9).ids
+
+
+def test_a_matrix_is_padded_on_the_right_in_a_small_type():
+    rows = matrix(Bytes(), ["ab", "", "abcdef"], max_len=4)
+    assert rows.dtype == np.uint16
+    np.testing.assert_array_equal(rows, [[98, 99, 0, 0], [33, 0, 0, 0], [98, 99, 100, 101]])
+    many = Words([str(n) for n in range(2**16)])
+    assert many.vocab > 2**16
+    rows = matrix(many, [str(2**16 - 1)], max_len=1)
+    assert rows.dtype == np.int32 and rows[0, 0] == 2**16 + 1
