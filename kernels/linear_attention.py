@@ -118,6 +118,13 @@ def _finite(top):
 
 
 def _divide(sums):
+    """Weighted sums over the sum of the weights, 0 where that is 0.
+
+    Taking the size of the normaliser out first keeps its inverse square, which the gradient has,
+    inside float32's range.
+    """
+    size = jax.lax.stop_gradient(jnp.abs(sums[..., -1:]))
+    sums = sums / jnp.where(size == 0, 1.0, size)
     total = sums[..., -1:]
     return jnp.where(total == 0, 0.0, sums[..., :-1] / jnp.where(total == 0, 1.0, total))
 

@@ -34,6 +34,7 @@ __all__ = [
     "Choice",
     "Core",
     "Cost",
+    "Diagnostic",
     "Mechanism",
     "Mixer",
     "MultiHead",
