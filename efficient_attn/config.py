@@ -45,7 +45,7 @@ def _coerce(value: Any, hint: Any, *, where: str) -> Any:
     if isinstance(value, int) and not isinstance(value, bool) and float in members:
         value = float(value) if int not in members else value
     wrong_bool = isinstance(value, bool) and bool not in members and not _literal(hint, value)
-    if wrong_bool or not is_bearable(value, hint):
+    if wrong_bool or not is_bearable(value, hint):  # type: ignore[arg-type]
         raise UserError(f"{where} must be {describe(hint)}, not {value!r}")
     return value
 

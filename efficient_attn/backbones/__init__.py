@@ -6,16 +6,16 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_attn.backbones.base import Build, Input
+from efficient_attn.backbones.base import Backbone, Build, Input
 from efficient_attn.backbones.encoder import Encoder
 from efficient_attn.backbones.vit import Vit
 from efficient_attn.config import build
 from efficient_attn.errors import unknown
 from kernels.dispatch import Backend
 
-__all__ = ["BACKBONES", "Encoder", "Input", "Vit", "create"]
+__all__ = ["BACKBONES", "Backbone", "Encoder", "Input", "Vit", "create"]
 
-BACKBONES: dict[str, type[nnx.Module]] = {"encoder": Encoder, "vit": Vit}
+BACKBONES: dict[str, type[Backbone]] = {"encoder": Encoder, "vit": Vit}
 """Every backbone, by the name that `config.model.name` gives it."""
 
 
@@ -28,7 +28,7 @@ def create(
     backend: Backend = "auto",
     dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
-) -> nnx.Module:
+) -> Backbone:
     """The backbone `name` with `options`, reading `source`, with `attention` in every block.
 
     Raises:

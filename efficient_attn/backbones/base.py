@@ -35,6 +35,21 @@ class Build:
     dtype: Any = jnp.float32
 
 
+class Backbone(nnx.Module):
+    """Inputs [B, ...] -> logits [B, classes], whatever the attention inside."""
+
+    @dataclass(frozen=True)
+    class Config:
+        """The backbone's own options."""
+
+    def __init__(self, config: Any, source: Input, build: Build, *, rngs: nnx.Rngs):
+        raise NotImplementedError
+
+    def __call__(self, inputs: Array, *, rngs: nnx.Rngs | None = None) -> Float[Array, "B classes"]:
+        """Logits in float32. `rngs` supplies dropout; without it nothing is dropped."""
+        raise NotImplementedError
+
+
 class Classifier(nnx.Module):
     """Pool the valid positions, or take the first, and score the classes in float32."""
 

@@ -4,18 +4,27 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.attention import Site
-from efficient_attn.backbones.base import Build, Classifier, Input, Pool, cls_token, prepend
+from efficient_attn.backbones.base import (
+    Backbone,
+    Build,
+    Classifier,
+    Input,
+    Pool,
+    cls_token,
+    prepend,
+)
 from efficient_attn.blocks.transformer import Shape, Stack
 from efficient_attn.errors import UserError
 from efficient_attn.layers.positions import sinusoids
 from kernels import Mask
 
 
-class Encoder(nnx.Module):
+class Encoder(Backbone):
     """Embedding, positions, a stack of blocks, pooling, a linear classifier."""
 
     @dataclass(frozen=True)
@@ -83,5 +92,5 @@ class Encoder(nnx.Module):
         if self.config.positions == "learned":
             return x + self.positions[...][None, :length].astype(x.dtype)
         if self.config.positions == "sinusoidal":
-            return x + jnp.asarray(sinusoids(jnp.arange(length), width), x.dtype)[None]
+            return x + jnp.asarray(sinusoids(np.arange(length), width), x.dtype)[None]
         return x

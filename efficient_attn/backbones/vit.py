@@ -9,7 +9,15 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from efficient_attn.attention import Site
-from efficient_attn.backbones.base import Build, Classifier, Input, Pool, cls_token, prepend
+from efficient_attn.backbones.base import (
+    Backbone,
+    Build,
+    Classifier,
+    Input,
+    Pool,
+    cls_token,
+    prepend,
+)
 from efficient_attn.blocks.transformer import Shape, Stack
 from efficient_attn.config import require
 from efficient_attn.errors import UserError
@@ -17,7 +25,7 @@ from efficient_attn.layers.positions import sinusoids_2d
 from kernels import Mask
 
 
-class Vit(nnx.Module):
+class Vit(Backbone):
     """Patches, positions, a stack of blocks, pooling, a linear classifier; images of any size."""
 
     @dataclass(frozen=True)

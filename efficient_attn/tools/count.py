@@ -30,18 +30,22 @@ def _equation(equation: core.JaxprEqn) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        shape = equation.invars[0].aval.shape
-        return math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
+        left = _shape(equation.invars[0])
+        return math.prod(_shape(equation.outvars[0])) * math.prod(left[i] for i in contracted)
     if name == "conv_general_dilated":
-        kernel = equation.invars[1].aval.shape
+        kernel = _shape(equation.invars[1])
         features = kernel[params["dimension_numbers"].rhs_spec[0]]
-        return math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // features
+        return math.prod(_shape(equation.outvars[0])) * math.prod(kernel) // features
     if name == "while":
         raise ValueError("cannot count a while loop: its number of turns is not in the jaxpr")
     inner = [_count(j) for value in params.values() for j in _jaxprs(value)]
     if name == "cond":
         return max(inner)
     return sum(inner) * params.get("length", 1) if name == "scan" else sum(inner)
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
 
 
 def _jaxprs(value: Any) -> list[core.Jaxpr]:
