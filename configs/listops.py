@@ -16,7 +16,7 @@ SETTINGS = {
     "short": {
         "data": {"min_length": 10, "max_length": 64, "train": 40_000},
         "model": {"width": 64, "depth": 2, "heads": 4, "mlp_ratio": 4.0, "dropout": 0.0},
-        "train": {"steps": 4000, "eval_every": 500},
+        "train": {"steps": 3000, "eval_every": 500},
         "optimizer": {"schedule": "cosine", "learning_rate": 1e-3, "warmup": 200},
     },
     "paper": {

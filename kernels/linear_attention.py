@@ -145,7 +145,9 @@ def _scan(q, k, values, scale, segments, *, chunk: int, strict: bool):
         return rearrange(x, "b (n c) ... -> n b c ...", c=chunk)
 
     parts = (split(q), split(k), split(values), split(scale, -jnp.inf), split(segments, 0))
-    state = linear_attention_init(q.shape[0], q.shape[2], q.shape[3], values.shape[3] - 1)
+    shape = (q.shape[0], *q.shape[2:], values.shape[3])
+    empty = jnp.full_like(scale[:, 0], -jnp.inf)
+    state = LinearState(jnp.zeros_like(q, shape=shape), empty)  # "like": sharded as q is
     order = jnp.tril(jnp.ones((chunk, chunk), bool), -1 if strict else 0)
     body = jax.checkpoint(functools.partial(_chunk, order=order))
     _, (sums, tops) = jax.lax.scan(body, (state, segments[:, 0]), parts)

@@ -3,6 +3,7 @@
 Tests compare against these, forward and gradient. They hold T x S numbers per head.
 """
 
+import jax
 import jax.numpy as jnp
 
 from kernels.mask import Mask
@@ -21,17 +22,22 @@ def softmax_attention(q, k, v, *, mask=None, scale=None, logit_cap=None):
     if logit_cap is not None:
         logits = logit_cap * jnp.tanh(logits / logit_cap)
     seen = _visible(mask, q.shape[1], k.shape[1])
-    weights = jnp.where(seen, jnp.exp(logits - jnp.max(logits)), 0.0)
-    return _normalised(weights, v)
+    return _normalised(_exp(logits, seen), v)
 
 
 def linear_attention(q, k, v, *, log_scale=None, mask=None):
     """q [B,T,H,R], k [B,S,H,R], v [B,S,H,D] -> [B,T,H,D]; see `kernels.linear_attention`."""
     log_scale = jnp.zeros(k.shape[:3]) if log_scale is None else log_scale
     seen = _visible(mask, q.shape[1], k.shape[1])
-    magnitude = jnp.exp(log_scale - jnp.max(log_scale)).transpose(0, 2, 1)[:, :, None]
-    weights = jnp.where(seen, jnp.einsum("bthr,bshr->bhts", q, k) * magnitude, 0.0)
-    return _normalised(weights, v)
+    magnitude = _exp(log_scale.transpose(0, 2, 1)[:, :, None], seen)
+    return _normalised(jnp.einsum("bthr,bshr->bhts", q, k) * magnitude, v)
+
+
+def _exp(logits, seen):
+    """exp of what is seen, over the row's largest; 0 elsewhere. Only ratios in a row matter."""
+    logits = jnp.where(seen, logits, -jnp.inf)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.exp(logits - jax.lax.stop_gradient(jnp.where(top > -jnp.inf, top, 0.0)))
 
 
 def _normalised(weights, v):
@@ -51,7 +57,7 @@ def local_conv(x, weights, *, mask=None):
     source = (
         jnp.arange(length)[None, :] - jnp.arange(length)[:, None] + past
     )  # tap that reads s at t
-    inside = (source >= 0) & (source < taps) & seen
+    inside = ((source >= 0) & (source < taps))[None, None] & seen
     matrix = weights[
         :, jnp.arange(length)[:, None], :, jnp.clip(source, 0, taps - 1)
     ]  # [T, S, B, H]

@@ -1,9 +1,11 @@
 """Attention mechanisms behind one contract: `build` makes any of them by its expression."""
 
 import functools
+import inspect
+import typing
 from collections.abc import Iterable
 from dataclasses import fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -25,7 +27,8 @@ from efficient_attn.attention.multihead import MultiHead, make_mixer, mixer_cost
 from efficient_attn.attention.performer import Performer
 from efficient_attn.attention.softmax import Softmax
 from efficient_attn.attention.spec import parse, tile
-from efficient_attn.errors import UserError
+from efficient_attn.config import describe as describe_type
+from efficient_attn.errors import UserError, unknown
 
 __all__ = [
     "CAPABILITIES",
@@ -38,6 +41,7 @@ __all__ = [
     "Mechanism",
     "Mixer",
     "MultiHead",
+    "Option",
     "Row",
     "Site",
     "build",
@@ -82,11 +86,15 @@ def build(
     """
     if isinstance(choice, str):
         (choice,) = pattern(choice, 1)
-    missing = frozenset(needs) - choice.mechanism.capabilities(choice.config)
+    needs = frozenset(needs)
+    for need in sorted(needs - set(CAPABILITIES)):
+        raise unknown("capability", need, CAPABILITIES)
+    missing = needs - choice.mechanism.capabilities(choice.config)
     if missing:
+        able = _able(needs)
         raise UserError(
             f"{choice} does not support {', '.join(sorted(missing))}, which this model needs; "
-            f"use one of: {', '.join(_able(frozenset(needs)))}"
+            + (f"use one of: {', '.join(able)}" if able else "no mechanism does yet")
         )
     return make_mixer(choice, site, rngs=rngs, shared={} if shared is None else shared)
 
@@ -133,27 +141,47 @@ def _watch(graph, state, inputs):
     return {"/".join(map(str, path[:-1])): var.get_value() for path, var in nnx.to_flat_state(said)}
 
 
-class Row(NamedTuple):
-    """One mechanism in the table of `describe`."""
+class Option(NamedTuple):
+    """One option of a mechanism: its name, its type in words, its default as written."""
 
     name: str
-    options: str
-    supports: tuple[str, ...]
+    kind: str
+    default: str
+
+
+class Row(NamedTuple):
+    """One mechanism, as `describe` tells of it."""
+
+    name: str
     summary: str
     paper: str
+    supports: tuple[str, ...]
+    options: tuple[Option, ...]
+    notes: str
 
 
 def describe() -> list[Row]:
-    """Every mechanism with its options and defaults, what it supports, and its paper."""
+    """Every mechanism: what it is, its paper, what it supports, its options and their meaning."""
     rows = []
     for name, cls in MIXERS.items():
         config = cls.Config()
-        options = ", ".join(f"{f.name}={_show(getattr(config, f.name))}" for f in fields(config))
-        able = tuple(c for c in CAPABILITIES if c in cls.capabilities(config))
-        summary = (cls.__doc__ or "").strip().splitlines()[0]
-        rows.append(Row(name, options, able, summary, cls.paper))
+        rows.append(
+            Row(
+                name,
+                summary=(cls.__doc__ or "").strip().splitlines()[0],
+                paper=cls.paper,
+                supports=tuple(c for c in CAPABILITIES if c in cls.capabilities(config)),
+                options=_options(config),
+                notes=inspect.cleandoc(cls.Config.__doc__ or ""),
+            )
+        )
     return rows
 
 
-def _show(value: object) -> str:
-    return str(value) if isinstance(value, Choice) else repr(value)
+def _options(config: Any) -> tuple[Option, ...]:
+    hints = typing.get_type_hints(type(config))
+    values = [(f.name, getattr(config, f.name)) for f in fields(config)]
+    return tuple(
+        Option(name, describe_type(hints[name]), str(v) if isinstance(v, Choice) else repr(v))
+        for name, v in values
+    )

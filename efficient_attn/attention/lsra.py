@@ -19,10 +19,10 @@ XAVIER = nnx.initializers.xavier_uniform()
 
 
 class LsraState(NamedTuple):
-    """attention: the state of the global half; inputs: the last K - 1 inputs of the convolution."""
+    """attention: the state of the global half; inputs: the last P = K - 1 of the convolution."""
 
     attention: Any
-    inputs: Float[Array, "B K-1 E/2"]
+    inputs: Float[Array, "B P E2"]
 
 
 class Lsra(Mixer):
@@ -140,11 +140,11 @@ class LocalBranch(nnx.Module):
         weights = self.dropout(self._weights(x), deterministic=rngs is None, rngs=rngs)
         return self.leave(local_conv(x, weights, mask=mask, backend=self.site.backend))
 
-    def init_state(self, batch: int, dtype: Any) -> Float[Array, "B K-1 E/2"]:
+    def init_state(self, batch: int, dtype: Any) -> Float[Array, "B P E2"]:
         """The inputs before the first token: zeros."""
         return jnp.zeros((batch, self.taps - 1, self.site.width), dtype)
 
-    def step(self, x: Float[Array, "B 1 E/2"], inputs: Float[Array, "B K-1 E/2"]):
+    def step(self, x: Float[Array, "B 1 E2"], inputs: Float[Array, "B P E2"]):
         """The causal convolution's output for one token, and its last K - 1 inputs."""
         x = self._enter(x)
         window = jnp.concatenate([inputs, x.astype(inputs.dtype)], axis=1)

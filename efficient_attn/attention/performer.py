@@ -35,7 +35,7 @@ class Performer(Core):
         projection: "orthogonal", "regularised" (row norm sqrt(D)), "iid"; "none" for a generalised
         kernel on the queries and keys themselves.
         redraw: steps of training between two draws of the projection; 0 keeps the first.
-        epsilon: added to generalised features that can vanish; the paper's 1e-3.
+        epsilon: added to generalised features that can vanish; the released code's 1e-3.
         """
 
         features: int | None = None
@@ -73,7 +73,7 @@ class Performer(Core):
         projected, rows = _features(config, site)
         features = 0 if config.projection == "none" else 2 * length * projected * site.width
         attend = 2 * length * rows * (site.head_dim + 1) * site.heads
-        return Cost(features + attend, 4 * site.heads * rows * (site.head_dim + 1))
+        return Cost(features + attend, 4 * site.heads * (rows * (site.head_dim + 1) + 1))
 
     def __call__(self, q, k, v, *, mask, shared):
         """See `kernels.linear_attention`."""

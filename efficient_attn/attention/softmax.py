@@ -76,7 +76,7 @@ class Softmax(Core):
         rows = jnp.arange(len(position))
         keys = state.keys.at[rows, position].set(k[:, 0].astype(state.keys.dtype))
         values = state.values.at[rows, position].set(v[:, 0].astype(state.values.dtype))
-        past = jnp.arange(keys.shape[1]) <= position[:, None]
+        past = jnp.arange(keys.shape[1])[None] <= position[:, None]
         return self._attend(q, keys, values, Mask(keys=past)), KeyValueCache(keys, values)
 
     def _attend(self, q, k, v, mask):

@@ -70,6 +70,8 @@ def _choice(node: ast.expr, text: str, table) -> Choice:
     for keyword in call.keywords:
         if keyword.arg is None:
             raise UserError(f"`**` has no place in the attention {text!r}; name each option")
+        if keyword.arg in options:
+            raise UserError(f"{name} is given the option {keyword.arg} twice; keep one")
         options[keyword.arg] = _value(keyword.value, text, table)
     mechanism = table[name]
     return Choice(name, mechanism, build(mechanism.Config, options, where=name))

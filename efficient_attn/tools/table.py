@@ -20,7 +20,7 @@ def render() -> str:
     lines = [_row(head), _row(["---", *[":-:"] * len(attention.CAPABILITIES), "---", "---"])]
     for row in attention.describe():
         able = ["yes" if name in row.supports else "" for name in attention.CAPABILITIES]
-        options = f"`{row.options}`" if row.options else ""
+        options = ", ".join(f"`{o.name}={o.default}`" for o in row.options)
         lines.append(_row([f"`{row.name}`", *able, options, _linked(row.paper)]))
     return "\n".join(lines)
 
