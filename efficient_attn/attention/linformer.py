@@ -91,7 +91,9 @@ class Linformer(Core):
 
     @property
     def _key(self) -> str:
-        return f"linformer {self.config.projection} rank {self.rank} seq {self.site.seq}"
+        key = f"linformer {self.config.projection} rank {self.rank} seq {self.site.seq}"
+        convolves = self.config.projection == "convolution"
+        return f"{key} dim {self.site.head_dim}" if convolves else key
 
     def _projection(self, heads: int, rngs: nnx.Rngs) -> "Projection":
         dim = self.site.head_dim

@@ -1,0 +1,118 @@
+"""Evaluate what a run has saved: restored from the run's own config.json."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from efficient_attn import data
+from efficient_attn.errors import UserError, unknown
+from efficient_attn.evals import classify, report
+from efficient_attn.train.checkpoint import Checkpoints, Damaged
+from efficient_attn.train.config import Experiment, resolve
+from efficient_attn.train.program import Program, State, build
+from efficient_attn.train.workdir import Workdir, read_json, write_json
+
+
+def evaluate_run(
+    path: str | Path,
+    *,
+    split: str = "test",
+    step: str = "last",
+    limit: int | None = None,
+    batch_size: int | None = None,
+    export: str | Path | None = None,
+) -> dict[str, Any]:
+    """Evaluate a checkpoint on a split; write eval/SPLIT-STEP.json and .png into the run.
+
+    step: a number, "last", or "best" by validation.
+    limit: take the first so many examples only.
+    batch_size: the run's `train.eval_batch_size` by default, which gives the very numbers of
+        training.
+    export: a file for the prediction of each example, as CSV.
+
+    Returns what the JSON file holds: "accuracy", "loss", "step", "examples", "classes", ...
+
+    Raises:
+        UserError: no such run, checkpoint or split; a checkpoint that cannot be read.
+    """
+    workdir = Workdir(path)
+    if not workdir.config.exists():
+        raise UserError(f"{workdir.path} holds no run: it has no config.json")
+    experiment = resolve(read_json(workdir.config))
+    dataset = data.load(experiment.data)
+    if split not in dataset.splits:
+        raise unknown("split", split, dataset.splits)
+    if len(dataset.splits[split]) == 0:
+        raise UserError(f"the {split} split is empty")
+    size = experiment.train.eval_batch_size if batch_size is None else batch_size
+    program = build(experiment, dataset.info, eval_batch_size=size)
+    number, state = _restore(workdir, program, step)
+    outputs = classify.predict(program, state, dataset.splits[split], batch_size=size, limit=limit)
+    found = {
+        "split": split,
+        "step": number,
+        "examples": len(outputs["label"]),
+        **classify.summarize(outputs),
+        "classes": report.per_class(outputs, dataset.info.labels),
+    }
+    place = workdir.path / "eval" / f"{split}-{number}"
+    write_json(place.with_suffix(".json"), found)
+    report.draw_confusion(
+        outputs, dataset.info.labels, place.with_suffix(".png"), title=_title(experiment, found)
+    )
+    if export is not None:
+        report.export_predictions(outputs, dataset.info.labels, Path(export))
+    return found
+
+
+def _restore(workdir: Workdir, program: Program, step: str) -> tuple[int, State]:
+    if not workdir.checkpoints.is_dir():
+        raise UserError(f"{workdir.path} has no checkpoint yet")
+    checkpoints = Checkpoints(workdir.checkpoints, read_only=True)
+    try:
+        number = _choose(step, checkpoints.steps(), checkpoints.best(), workdir)
+        state, _ = checkpoints.restore(number, program.abstract)
+    except Damaged as error:
+        others = ", ".join(str(s) for s in checkpoints.steps() if s != number) or "none"
+        raise UserError(
+            f"checkpoint {number} is damaged ({error}); others for --step: {others}"
+        ) from None
+    finally:
+        checkpoints.close()
+    return number, state
+
+
+def _choose(step: str, saved: Sequence[int], best: int | None, workdir: Workdir) -> int:
+    if not saved:
+        raise UserError(f"{workdir.path} has no checkpoint yet")
+    named = {"last": saved[-1], "best": best, **{str(number): number for number in saved}}
+    if named.get(step) is None:
+        raise UserError(
+            f"there is no checkpoint --step={step} in {workdir.path}; saved are: last, "
+            + ", ".join(["best"] * (best is not None) + [str(number) for number in saved])
+        )
+    return named[step]
+
+
+def _title(experiment: Experiment, found: dict[str, Any]) -> str:
+    return (
+        f"{experiment.data.name} {found['split']}, {experiment.attention}, step {found['step']}: "
+        f"{100 * found['accuracy']:.2f} %"
+    )
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    """Print what `evaluate_run` found."""
+    table = Table("class", "precision", "recall", "F1", "examples")
+    for name, scores in found["classes"].items():
+        numbers = [f"{scores[key]:.4f}" for key in ("precision", "recall", "f1-score")]
+        table.add_row(name, *numbers, f"{scores['support']:.0f}")
+    console.print(table)
+    console.print(
+        f"{found['split']}, step {found['step']}, {found['examples']} examples: "
+        f"accuracy {found['accuracy']:.4f}  loss {found['loss']:.4f}",
+        markup=False,
+    )

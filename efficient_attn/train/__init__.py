@@ -1,0 +1,1 @@
+"""Training: one loop, the checkpoints of a run, and the numbers it leaves."""

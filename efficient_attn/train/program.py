@@ -1,0 +1,312 @@
+"""The compiled functions of an experiment: first state, training step, prediction, diagnosis.
+
+The model is taken apart once. The state is a plain pytree of arrays:
+
+    params, rest   the model: what is trained, and what is carried along (`attention.Buffer`)
+    opt, ema       optimizer state; moving average of params, {} when off
+    step           updates made
+    first_bad      number of the step whose loss or gradient was not finite, -1 until then
+    tally          sums of the metrics since the last log line
+
+Everything in it goes into a checkpoint, so a restored run is the run left alone.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from efficient_attn import attention, backbones, config
+from efficient_attn.data import Info
+from efficient_attn.errors import UserError, unknown
+from efficient_attn.train import optimizers, sharding
+from efficient_attn.train.config import Experiment
+from efficient_attn.train.task import Classification
+
+State = dict[str, Any]
+Batch = dict[str, Any]
+Create = Callable[[nnx.Rngs], nnx.Module]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a run needs of its model. `step` consumes the state it is given.
+
+    abstract: the state as shapes, types and shardings.
+    init: () -> state
+    step: (state, batch) -> (state, metrics); metrics are means since the last log line
+    predict: (state, batch) -> {"loss", "accuracy", "prediction", "probability"}, each [B]
+    diagnose: (state, batch) -> {name: number}
+    """
+
+    mesh: Mesh
+    abstract: State
+    init: Callable[[], State]
+    step: Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
+    predict: Callable[[State, Batch], dict[str, jax.Array]]
+    diagnose: Callable[[State, Batch], dict[str, float]]
+
+    @property
+    def parameters(self) -> int:
+        """The number of trained parameters."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.abstract["params"]))
+
+
+def complete(experiment: Experiment) -> Experiment:
+    """The same experiment with every option of its backbone written out.
+
+    Raises:
+        UserError: an unknown backbone, or an option that it does not have.
+    """
+    options = dict(experiment.model)
+    name = options.pop("name")
+    if name not in backbones.BACKBONES:
+        raise unknown("backbone", name, backbones.BACKBONES)
+    full = config.build(backbones.BACKBONES[name].Config, options, where="config.model")
+    model = {"name": name, **dataclasses.asdict(full)}
+    return dataclasses.replace(experiment, model=model)
+
+
+def build(
+    experiment: Experiment,
+    info: Info,
+    *,
+    eval_batch_size: int | None = None,
+    devices: int | None = None,
+) -> Program:
+    """The program of an experiment on the first `devices` local devices, all by default.
+
+    eval_batch_size: instead of the experiment's own.
+
+    Raises:
+        UserError: whatever the backbone, the mechanism or its backend refuses; a batch that cannot
+            be split.
+    """
+    options = dict(experiment.model)
+    name = options.pop("name")
+    source = backbones.Input(
+        kind=info.kind, shape=info.shape, classes=len(info.labels), vocab=info.vocab
+    )
+
+    def create(rngs: nnx.Rngs) -> nnx.Module:
+        return backbones.create(
+            name,
+            options,
+            attention=experiment.attention,
+            source=source,
+            backend=experiment.backend,
+            dtype=jnp.dtype(experiment.train.dtype),
+            rngs=rngs,
+        )
+
+    if eval_batch_size is not None:
+        train = dataclasses.replace(experiment.train, eval_batch_size=eval_batch_size)
+        experiment = dataclasses.replace(experiment, train=train)
+    program = compile_for(create, experiment, devices=devices)
+    _try_out(program, experiment, info)
+    return program
+
+
+def _try_out(program: Program, experiment: Experiment, info: Info) -> None:
+    """Trace a step, which is kept for the first one, so that nothing is refused later on."""
+    size = experiment.data.batch_size
+    kind = jnp.float32 if info.kind == "image" else jnp.int32
+    batch = {
+        "inputs": jax.ShapeDtypeStruct((size, *info.shape), kind),
+        "label": jax.ShapeDtypeStruct((size,), jnp.int32),
+        "weight": jax.ShapeDtypeStruct((size,), jnp.float32),
+    }
+    try:
+        program.step.trace(program.abstract, batch)  # type: ignore[attr-defined]
+    except NotImplementedError as error:
+        raise UserError(f"config.backend={experiment.backend!r}: {error}") from error
+
+
+def compile_for(create: Create, experiment: Experiment, *, devices: int | None = None) -> Program:
+    """`build` for any model: `create(rngs)` makes it, `model(inputs, rngs=...)` gives logits."""
+    train, mesh = experiment.train, sharding.make_mesh(devices)
+    batch = {"mesh": mesh, "accumulate": train.accumulate, "where": "data.batch_size"}
+    sharding.check_batch(experiment.data.batch_size, **batch)
+    batch |= {"accumulate": 1, "where": "train.eval_batch_size"}
+    sharding.check_batch(train.eval_batch_size, **batch)
+
+    optimizer = optimizers.create(experiment.optimizer, steps=train.steps)
+    graphdef, _, _ = nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))), nnx.Param, ...)
+
+    def init() -> State:
+        model = create(nnx.Rngs(params=jax.random.key(experiment.seed)))
+        params, rest = _take_apart(model)
+        return {
+            "params": params,
+            "rest": rest,
+            "opt": optimizer.init(params),
+            "ema": jax.tree.map(jnp.copy, params) if train.ema else {},
+            "step": jnp.int32(0),
+            "first_bad": jnp.int32(-1),
+            "tally": {"loss": jnp.float32(0), "accuracy": jnp.float32(0), "steps": jnp.int32(0)},
+        }
+
+    abstract = jax.eval_shape(init)
+    layout = sharding.of_state(abstract, mesh=mesh, mode=train.sharding)
+    abstract = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        abstract,
+        layout,
+    )
+    rows, whole = sharding.over_batch(mesh), jax.sharding.NamedSharding(mesh, jax.P())
+    return Program(
+        mesh=mesh,
+        abstract=abstract,
+        # It runs once, so compiling it is all that it costs: four times less without optimizing.
+        init=jax.jit(
+            init, out_shardings=layout, compiler_options={"xla_backend_optimization_level": 0}
+        ),
+        step=jax.jit(
+            _make_step(graphdef, optimizer, experiment),
+            in_shardings=(layout, rows),
+            out_shardings=(layout, whole),
+            donate_argnums=0,
+        ),
+        predict=jax.jit(_make_predict(graphdef), in_shardings=(layout, rows), out_shardings=whole),
+        diagnose=_make_diagnose(graphdef),
+    )
+
+
+def _take_apart(model: nnx.Module) -> tuple[dict, dict]:
+    _, params, rest = nnx.split(model, nnx.Param, ...)
+    return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+
+
+def _make_step(
+    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, experiment: Experiment
+) -> Callable[[State, Batch], tuple[State, dict]]:
+    train = experiment.train
+    gradient = _make_gradient(graphdef, experiment)
+    rate = optimizers.schedule(experiment.optimizer, steps=train.steps)
+
+    def step(state: State, batch: Batch) -> tuple[State, dict]:
+        model = nnx.merge(graphdef, state["params"], state["rest"])
+        attention.refresh(model, state["step"])
+        _, rest = _take_apart(model)
+        key = jax.random.fold_in(jax.random.key(experiment.seed), state["step"])
+        grads, rest, metrics = gradient(state["params"], rest, batch, key)
+
+        updates, opt = optimizer.update(grads, state["opt"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        ema = state["ema"]
+        if train.ema:
+            t = state["step"].astype(jnp.float32)
+            decay = jnp.minimum(train.ema, (1 + t) / (10 + t))
+            ema = optax.incremental_update(params, ema, 1 - decay)
+
+        norm = optax.tree.norm(grads)
+        bad = ~(jnp.isfinite(metrics["objective"]) & jnp.isfinite(norm))
+        first_bad = jnp.where((state["first_bad"] < 0) & bad, state["step"] + 1, state["first_bad"])
+        fresh = state["step"] % train.log_every == 0
+        tally = {
+            "loss": jnp.where(fresh, 0, state["tally"]["loss"]) + metrics["loss"],
+            "accuracy": jnp.where(fresh, 0, state["tally"]["accuracy"]) + metrics["accuracy"],
+            "steps": jnp.where(fresh, 0, state["tally"]["steps"]) + 1,
+        }
+        new = {
+            "params": params,
+            "rest": rest,
+            "opt": opt,
+            "ema": ema,
+            "step": state["step"] + 1,
+            "first_bad": first_bad,
+            "tally": tally,
+        }
+        kept = state | {"first_bad": first_bad}
+        new = jax.tree.map(lambda n, o: jnp.where(first_bad < 0, n, o), new, kept)
+        return new, {
+            "loss": tally["loss"] / tally["steps"],
+            "accuracy": tally["accuracy"] / tally["steps"],
+            "grad_norm": norm,
+            "learning_rate": rate(state["step"]),
+            "first_bad": first_bad,
+        }
+
+    return step
+
+
+def _make_gradient(graphdef: nnx.GraphDef, experiment: Experiment) -> Callable:
+    """(params, rest, batch, key) -> gradient, new rest, {"objective", "loss", "accuracy"}.
+
+    Each is a mean over the batch by weight, whatever number of micro-batches it is taken in.
+    """
+    train, task = experiment.train, Classification(experiment.train.label_smoothing)
+
+    def loss(params, rest, batch, key):
+        model = nnx.merge(graphdef, params, rest)
+        logits = model(batch["inputs"], rngs=nnx.Rngs(dropout=key))
+        shares = batch["weight"]
+        sums = {
+            name: jnp.sum(shares * value)
+            for name, value in task.metrics(logits, batch["label"]).items()
+        }
+        sums["objective"] = jnp.sum(shares * task.objective(logits, batch["label"]))
+        return sums["objective"], (_take_apart(model)[1], sums)
+
+    grad = jax.grad(loss, has_aux=True)
+
+    def gradient(params, rest, batch, key):
+        batch = batch | {"weight": batch["weight"] / batch["weight"].sum()}
+        if train.accumulate == 1:
+            grads, (rest, sums) = grad(params, rest, batch, key)
+            return grads, rest, sums
+
+        def add(carry, part):
+            total, rest = carry
+            index, micro = part
+            grads, (rest, sums) = grad(params, rest, micro, jax.random.fold_in(key, index))
+            return (jax.tree.map(jnp.add, total, grads), rest), sums
+
+        micro = jax.tree.map(lambda x: _cut(x, train.accumulate), batch)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        parts = (jnp.arange(train.accumulate), micro)
+        (grads, rest), sums = jax.lax.scan(add, (zeros, rest), parts)
+        return grads, rest, jax.tree.map(jnp.sum, sums)
+
+    return gradient
+
+
+def _cut(x: jax.Array, parts: int) -> jax.Array:
+    """[B, ...] as [parts, B / parts, ...], each part spread over all devices as the batch is."""
+    return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+
+
+def _evaluated(graphdef: nnx.GraphDef, state: State) -> Any:
+    return nnx.merge(graphdef, state["ema"] or state["params"], state["rest"])
+
+
+def _make_predict(graphdef: nnx.GraphDef) -> Callable[[State, Batch], dict[str, jax.Array]]:
+    task = Classification()
+
+    def predict(state: State, batch: Batch) -> dict[str, jax.Array]:
+        logits = _evaluated(graphdef, state)(batch["inputs"], rngs=None)
+        return task.metrics(logits, batch["label"]) | {
+            "prediction": logits.argmax(-1),
+            "probability": jax.nn.softmax(logits).max(-1),
+        }
+
+    return predict
+
+
+def _make_diagnose(graphdef: nnx.GraphDef) -> Callable[[State, Batch], dict[str, float]]:
+    def diagnose(state: State, batch: Batch) -> dict[str, float]:
+        model = nnx.merge(graphdef, state["params"], state["rest"])
+        return attention.diagnose(model, jnp.asarray(batch["inputs"]))
+
+    return diagnose
+
+
+def to_host(metrics: dict[str, jax.Array]) -> dict[str, float]:
+    """The numbers of a metrics dictionary; waits for the device."""
+    return {name: np.asarray(value).item() for name, value in jax.device_get(metrics).items()}

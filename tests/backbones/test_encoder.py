@@ -1,0 +1,87 @@
+"""What is special to the token encoder."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from efficient_attn import backbones
+from efficient_attn.errors import UserError
+from tests.backbones.test_contract import FIRSTS, IMAGE, SMALL, TOKENS, batch, logits, model
+
+
+def create(attention="softmax", source=TOKENS, name="encoder", **options):
+    return backbones.create(
+        name, SMALL | options, attention=attention, source=source, rngs=nnx.Rngs(0)
+    )
+
+
+@pytest.mark.parametrize("expression", FIRSTS)
+def test_padding_is_of_no_consequence(expression):
+    """Shorter by its padding, a batch gives the same; the learned positions are the first ones."""
+    made = model("encoder", expression)
+    tokens = np.array(batch(TOKENS)[0])
+    tokens[:, 15:] = 0
+    np.testing.assert_allclose(
+        logits(made, jnp.asarray(tokens)), logits(made, jnp.asarray(tokens[:, :15])), atol=2e-5
+    )
+
+
+@pytest.mark.parametrize("expression", FIRSTS)
+def test_the_embedding_of_padding_is_of_no_consequence(expression):
+    made = model("encoder", expression)
+    tokens = batch(TOKENS)[0]
+    before = logits(made, tokens)
+    graph, state = nnx.split(made)
+    changed = nnx.merge(graph, state)
+    changed.embed.embedding[...] = changed.embed.embedding[...].at[0].set(1e3)
+    np.testing.assert_array_equal(logits(changed, tokens), before)
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_a_text_of_nothing_but_padding_gives_numbers(pool):
+    made = model("encoder", "softmax", pool=pool)
+    assert np.isfinite(logits(made, jnp.zeros((2, 24), jnp.int32))).all()
+
+
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary", "none"])
+def test_the_order_of_words_matters_where_there_are_positions(positions):
+    made = model("encoder", "softmax", positions=positions)
+    tokens = np.tile(np.arange(1, 9, dtype=np.int32), (1, 3))
+    mixed = np.random.default_rng(0).permutation(tokens[0])[None]
+    moved = np.abs(logits(made, jnp.asarray(tokens)) - logits(made, jnp.asarray(mixed))).max()
+    assert moved < 1e-5 if positions == "none" else moved > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention": "linformer(rank=25)"}, "rank=25 exceeds the sequence length 24"),
+        ({"attention": "softmax*3"}, "names 3 layers, the model has 2"),
+        ({"heads": 3}, "heads=3 does not divide width=16"),
+        ({"heads": 16, "positions": "rotary"}, "rotary positions need an even head width, not 1"),
+        ({"heads": 16, "attention": "lsra"}, "heads=16 does not divide half of width=16"),
+        ({"attention": "softmax(kv_heads=3)"}, "kv_heads=3 does not divide heads=2"),
+        ({"dropout": 1.0}, r"dropout=1.0 is not in \[0, 1\)"),
+        ({"depth": 0}, "depth=0 must be positive"),
+        ({"pool": "max"}, "pool must be one of 'mean', 'cls', not 'max'"),
+        ({"dpeth": 3}, "unknown option of .*'dpeth'; did you mean 'depth'"),
+        ({"source": IMAGE}, "reads tokens, not images; use 'vit'"),
+        ({"name": "encodr"}, "unknown model 'encodr'; did you mean 'encoder'"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_built_says_why(options, message):
+    with pytest.raises(UserError, match=message):
+        create(**options)
+
+
+def test_a_text_too_long_is_refused():
+    with pytest.raises(ValueError, match="25 tokens, but the encoder was built for 24"):
+        model("encoder", "softmax")(jnp.ones((1, 25), jnp.int32), rngs=None)
+
+
+@pytest.mark.parametrize(("width", "heads"), [(18, 2), (10, 5)])
+def test_odd_head_widths_work_without_rotary(width, heads):
+    made = create(width=width, heads=heads, positions="sinusoidal")
+    assert np.isfinite(logits(made, batch(TOKENS)[0])).all()

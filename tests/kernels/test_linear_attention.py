@@ -1,0 +1,121 @@
+"""`kernels.linear_attention` against its reference in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import linear_attention as op
+from kernels import linear_attention_init, linear_attention_step, reference
+from tests.kernels.compare import MASKS, agree, arrays, both, mask_of
+
+
+def features(length, *, keys=None, heads=2, rank=5, dim=8, scale=None, seed=0):
+    keys = length if keys is None else keys
+    given = arrays(
+        seed, q=(4, length, heads, rank), k=(4, keys, heads, rank), v=(4, keys, heads, dim)
+    )
+    given["q"], given["k"] = np.exp(given["q"]), np.exp(given["k"])
+    if scale is not None:
+        given["log_scale"] = scale * arrays(seed + 1, s=(4, keys, heads))["s"]
+    return given
+
+
+@pytest.mark.parametrize("scale", [None, 1.0])
+@pytest.mark.parametrize(
+    ("length", "mask"),
+    [(63, mask) for mask in MASKS] + [(length, "all") for length in (1, 7, 100, 257)],
+)
+def test_output_and_gradients_are_the_references(length, mask, scale):
+    given = features(length, scale=scale)
+    agree(
+        both(op, reference.linear_attention, given, mask_of(mask, length), op_options={"chunk": 16})
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 31, 32, 33, 64, 1000])
+def test_the_size_of_a_chunk_is_of_no_consequence(chunk):
+    mask = mask_of("all", 64)
+    given = features(64, scale=1.0)
+    agree(both(op, reference.linear_attention, given, mask, op_options={"chunk": chunk}))
+
+
+@pytest.mark.parametrize("mask", ["causal", "segments", "padding", "all"])
+def test_scales_of_e_to_the_300_leave_every_row_its_own_precision(mask):
+    """Chunks below and above: what the first chunk holds is e^-600 of what the next one does."""
+    given = features(63)
+    steps = np.where(np.arange(63) % 20 < 10, -300.0, 300.0)
+    noise = arrays(3, s=(4, 63, 2))["s"]
+    given["log_scale"] = (steps[None, :, None] + noise).astype(np.float32)
+    for sign in (1, -1):
+        given["log_scale"] = sign * given["log_scale"]
+        agree(
+            both(
+                op, reference.linear_attention, given, mask_of(mask, 63), op_options={"chunk": 16}
+            ),
+            forward=5e-5,
+            backward=1e-4,  # scales near 300 carry an absolute error of 1.5e-5 in float32
+        )
+
+
+@pytest.mark.parametrize("level", [-300.0, 300.0])
+def test_a_level_common_to_all_keys_cancels(level):
+    given = features(63)
+    at = {"log_scale": np.full((4, 63, 2), level, np.float32)}
+    mask = mask_of("all", 63)
+    level_result = both(op, reference.linear_attention, given | at, mask)
+    plain = both(op, reference.linear_attention, given, mask)
+    np.testing.assert_allclose(level_result.out, plain.out, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "shape", [{"heads": 1, "dim": 3}, {"rank": 64, "dim": 1}, {"keys": 31}], ids=str
+)
+def test_other_shapes(shape):
+    mask = mask_of("padding", shape.get("keys", 7))
+    agree(both(op, reference.linear_attention, features(7, **shape), mask))
+
+
+@pytest.mark.parametrize("mask", ["padding", "all"])
+def test_bfloat16_is_a_rounding_away(mask):
+    given = features(63, scale=1.0)
+    result = both(op, reference.linear_attention, given, mask_of(mask, 63), dtype=jnp.bfloat16)
+    agree(result, forward=5e-3, backward=1e-2)
+
+
+@pytest.mark.parametrize("mask", ["padding", "all"])
+def test_a_row_that_sees_nothing_is_zero_and_so_are_its_gradients(mask):
+    given = features(63, scale=1.0)
+    result = both(
+        op, reference.linear_attention, given, mask_of(mask, 63), op_options={"chunk": 16}
+    )
+    np.testing.assert_array_equal(result.out[3], 0)
+    for grad in result.grads.values():
+        np.testing.assert_array_equal(grad[3], 0)
+
+
+@pytest.mark.parametrize("mask", ["padding", "all"])
+def test_features_that_all_vanish_give_zero_and_no_nan(mask):
+    given = features(63)
+    given["q"] = np.zeros_like(given["q"])
+    result = both(op, reference.linear_attention, given, mask_of(mask, 63))
+    np.testing.assert_array_equal(result.out, 0)
+    assert all(np.isfinite(g).all() for g in result.grads.values())
+
+
+@pytest.mark.parametrize("level", [1.0, 300.0])
+def test_steps_equal_the_causal_pass(level):
+    given = {k: jnp.asarray(v) for k, v in features(40, scale=level).items()}
+
+    def step(state, token):
+        token = {k: v[:, None] for k, v in token.items()}
+        out, state = linear_attention_step(**{k: token[k] for k in "qkv"}, state=state,
+                                           log_scale=token["log_scale"])  # fmt: skip
+        return state, out[:, 0]
+
+    tokens = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), given)
+    _, outs = jax.lax.scan(step, linear_attention_init(4, 2, 5, 8), tokens)
+    from kernels import Mask
+
+    whole = op(**given, mask=Mask(causal=True), chunk=16)
+    np.testing.assert_allclose(jnp.swapaxes(outs, 0, 1), whole, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,55 @@
+"""`kernels.local_conv` against its reference in float64, and by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import Mask, local_conv, reference
+from tests.kernels.compare import MASKS, agree, arrays, both, mask_of
+
+
+def inputs(length, *, taps=5, heads=2, width=8, dynamic=True):
+    weights = (4, length, heads, taps) if dynamic else (1, 1, heads, taps)
+    return arrays(0, x=(4, length, width), weights=weights)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("length", "mask"),
+    [(63, mask) for mask in MASKS] + [(length, "all") for length in (1, 7, 100, 257)],
+)
+def test_output_and_gradients_are_the_references(length, mask, dynamic):
+    given = inputs(length, dynamic=dynamic)
+    agree(both(local_conv, reference.local_conv, given, mask_of(mask, length)))
+
+
+@pytest.mark.parametrize("mask", ["segments", "all"])
+@pytest.mark.parametrize(
+    "shape", [{"taps": 1}, {"taps": 4}, {"taps": 31}, {"heads": 8}, {"heads": 1}], ids=str
+)
+def test_other_shapes(shape, mask):
+    agree(both(local_conv, reference.local_conv, inputs(20, **shape), mask_of(mask, 20)))
+
+
+def test_bfloat16_is_a_rounding_away():
+    result = both(
+        local_conv, reference.local_conv, inputs(63), mask_of("all", 63), dtype=jnp.bfloat16
+    )
+    agree(result, forward=1e-2, backward=2e-2)
+
+
+@pytest.mark.parametrize("taps", [3, 4])
+@pytest.mark.parametrize("causal", [False, True])
+def test_it_is_numpys_correlation(taps, causal):
+    given = inputs(12, taps=taps, heads=1, width=1, dynamic=False)
+    x, w = given["x"][0, :, 0], given["weights"][0, 0, 0]
+    before = taps - 1 if causal else (taps - 1) // 2
+    padded = np.pad(x, (before, taps - 1 - before))
+    expected = np.correlate(padded, w, mode="valid")
+    out = local_conv(*map(jnp.asarray, given.values()), mask=Mask(causal=causal))
+    np.testing.assert_allclose(out[0, :, 0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_heads_that_do_not_divide_the_channels_are_refused():
+    with pytest.raises(ValueError, match="3 heads do not divide 8 channels"):
+        local_conv(jnp.zeros((1, 4, 8)), jnp.zeros((1, 1, 3, 3)))

@@ -1,0 +1,223 @@
+"""Every mechanism with the options that the contract tests run, and how they run it.
+
+A new mechanism adds its line to `VARIANTS`, a float64 reference in `tests/attention/oracles.py`
+and parameter counts in `tests/attention/test_cost.py`; `tests/test_completeness.py` asks for them.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from efficient_attn import attention
+from efficient_attn.attention import Site, performer
+from kernels import Mask
+
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "softmax": ("softmax", "softmax(kv_heads=2)", "softmax(kv_heads=1, logit_cap=2.0)"),
+    "linformer": (
+        "linformer(rank=8)",
+        "linformer(rank=8, sharing='none')",
+        "linformer(rank=8, sharing='key-value')",
+        "linformer(rank=8, sharing='layerwise')",
+        "linformer(rank=8, projection='mean')",
+        "linformer(rank=8, projection='max')",
+        "linformer(rank=8, projection='convolution')",
+    ),
+    "performer": (
+        "performer(features=16)",
+        "performer(features=8, feature_map='hyperbolic', projection='iid', redraw=5)",
+        "performer(features=64, feature_map='trigonometric', projection='regularised')",
+        "performer(features=16, feature_map='relu')",
+        "performer(feature_map='elu', projection='none')",
+    ),
+    "lsra": (
+        "lsra(kernel=7)",
+        "lsra(kernel=4, conv='lightweight', gate='linear')",
+        "lsra(kernel=(3, 31), attention=performer(features=16))",
+        "lsra(attention=linformer(rank=8))",
+    ),
+}
+EXPRESSIONS = tuple(text for texts in VARIANTS.values() for text in texts)
+LENGTHS = (1, 7, 63, 100)
+BATCH, WIDTH, HEADS, SEQ = 4, 32, 4, 100
+CHUNK = 16  # of the performer, here: a length of 63 is then four chunks, the last one cut
+SMALL = {"trigonometric": 0.25}  # its normaliser may come near zero for larger inputs
+
+
+@functools.cache
+def fast() -> dict[str, Any]:
+    """Compiler options for a fifth of its time and the same arithmetic, where it has them."""
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(jnp.negative, compiler_options=options)(1.0)
+    except jax.errors.JaxRuntimeError:  # newer ones have no such emitters
+        return {"xla_backend_optimization_level": 0}
+    return options
+
+
+def choice(expression: str) -> attention.Choice:
+    return attention.pattern(expression, 1)[0]
+
+
+def able(expression: str) -> frozenset[str]:
+    made = choice(expression)
+    return made.mechanism.capabilities(made.config)
+
+
+def those_with(*capabilities: str) -> list[str]:
+    return [e for e in EXPRESSIONS if able(e) >= set(capabilities)]
+
+
+def site(**options: Any) -> Site:
+    return Site(**{"width": WIDTH, "heads": HEADS, "seq": SEQ, "layer": 0} | options)
+
+
+class Holder(nnx.Module):
+    """A mixer and what it shares with other layers, as a backbone holds them."""
+
+    def __init__(self, expression: str, where: Site, *, needs=()):
+        shared: dict[str, nnx.Module] = {}
+        self.mixer = attention.build(
+            expression, where, needs=needs, rngs=nnx.Rngs(0), shared=shared
+        )
+        self.shared = nnx.Dict(shared)
+
+    def __call__(self, x, context=None, *, mask, rngs=None):
+        return self.mixer(x, context, mask=mask, rngs=rngs, shared=self.shared)
+
+
+def abstract(expression: str, **options: Any) -> Holder:
+    """The mechanism with shapes for numbers."""
+    return nnx.eval_shape(lambda: Holder(expression, site(**options)))
+
+
+@functools.cache
+def holder(expression: str, **options: Any) -> Holder:
+    """The mechanism at `site(**options)`, every number of it drawn: no zero bias hides a fault."""
+    module = abstract(expression, **options)
+    random = np.random.default_rng(1)
+
+    def fill(path, leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        name = jax.tree_util.keystr(path)
+        scale = leaf.shape[-2] ** -0.5 if "kernel" in name and leaf.ndim == 2 else 0.1
+        scale = 1.0 if "projection" in name else scale
+        return jnp.asarray(scale * random.standard_normal(leaf.shape), leaf.dtype)
+
+    nnx.update(module, jax.tree_util.tree_map_with_path(fill, nnx.state(module)))
+    return module
+
+
+def weights(module: nnx.Module) -> dict[str, Any]:
+    """All numbers of a module as nested dicts, float64."""
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), nnx.to_pure_dict(nnx.state(module)))
+
+
+class Gradient(NamedTuple):
+    params: dict[str, Any]
+    x: np.ndarray
+    context: np.ndarray | None
+
+
+class Result(NamedTuple):
+    out: np.ndarray
+    grad: Gradient
+
+
+@functools.cache
+def _compiled(expression: str, causal: bool, **options: Any):
+    graph, params, rest = nnx.split(holder(expression, **options), nnx.Param, ...)
+
+    def call(params, x, context, keys, segments, cotangent):
+        def forward(params, x, context):
+            mask = Mask(causal=causal, keys=keys, segments=segments)
+            return nnx.merge(graph, params, rest)(x, context, mask=mask)
+
+        out, back = jax.vjp(forward, params, x, context)
+        return out, back(cotangent.astype(out.dtype))
+
+    return jax.jit(call, compiler_options=fast()), params
+
+
+def run(
+    expression: str, x, *, context=None, keys=None, segments=None, causal=False, cotangent=None,
+    **options: Any,
+) -> Result:  # fmt: skip
+    """Output and gradients (of <output, cotangent>), jitted once per set of shapes."""
+    with performer_chunk():
+        function, params = _compiled(expression, causal, **options)
+        cotangent = draw(x.shape, seed=99) if cotangent is None else cotangent
+        out, (d_params, dx, dc) = function(params, x, context, keys, segments, cotangent)
+    grads = Gradient(to_numpy(nnx.to_pure_dict(d_params)), to_numpy(dx), to_numpy(dc))
+    return Result(to_numpy(out), grads)
+
+
+def performer_chunk():
+    """Chunks short enough that the tests' lengths cross them."""
+    return _Patch(performer, "CHUNK", CHUNK)
+
+
+class _Patch:
+    def __init__(self, place, name: str, value):
+        self.place, self.name, self.value = place, name, value
+
+    def __enter__(self):
+        self.before = getattr(self.place, self.name)
+        setattr(self.place, self.name, self.value)
+
+    def __exit__(self, *_):
+        setattr(self.place, self.name, self.before)
+
+
+def to_numpy(tree):
+    return jax.tree.map(lambda x: np.asarray(x.astype(jnp.float32)), tree)
+
+
+def draw(shape, *, seed: int, expression: str = "") -> np.ndarray:
+    """Standard normal numbers, smaller where the mechanism needs it."""
+    scale = next((s for name, s in SMALL.items() if name in expression), 1.0)
+    numbers = scale * np.random.default_rng(seed).standard_normal(shape)
+    return numbers.astype(np.float32)
+
+
+def draw_x(expression: str, length: int, *, seed: int = 0, batch: int = BATCH) -> np.ndarray:
+    return draw((batch, length, WIDTH), seed=seed, expression=expression)
+
+
+def everyone(length: int, batch: int = BATCH) -> np.ndarray:
+    """Keys of a batch without padding."""
+    return np.ones((batch, length), bool)
+
+
+def one_segment(length: int, batch: int = BATCH) -> np.ndarray:
+    return np.zeros((batch, length), np.int32)
+
+
+def ragged_keys(length: int) -> np.ndarray:
+    """Rows: no padding; a padded end; holes and a padded beginning; nothing but padding."""
+    keys = everyone(length)
+    keys[1, max(1, 2 * length // 3) :] = False
+    keys[2, ::3] = False
+    keys[2, : length // 5] = False
+    keys[3] = False
+    return keys
+
+
+def ragged_segments(length: int) -> np.ndarray:
+    """Segments of uneven lengths, other ones in each row."""
+    at = np.arange(length)
+    rows = [
+        (at >= length // (8 + row)).astype(int) + (at >= 3 * length // 5) for row in range(BATCH)
+    ]
+    return np.stack(rows).astype(np.int32)
+
+
+def relative(got, expected) -> float:
+    """|got - expected| / |expected|, in the 2-norm of all numbers."""
+    got, expected = (np.asarray(x, np.float64).ravel() for x in (got, expected))
+    return float(np.linalg.norm(got - expected) / max(np.linalg.norm(expected), 1e-30))
