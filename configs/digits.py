@@ -2,7 +2,10 @@
 
     python train.py --config=configs/digits.py --workdir=runs/digits
 
-Cost: COST. Expect: EXPECT.
+Cost: 1500 steps of 101,000 parameters; 69 s with softmax and 151 s with performer on 2 cores shared
+with five other jobs, to be measured again on an idle machine.
+Expect: test accuracy 0.969 to 0.992, mean 0.980 (9 runs: softmax, linformer and lsra with seeds 1
+and 2, performer with 0 to 2). Test has 359 digits: one more error is 0.003.
 """
 
 from ml_collections import ConfigDict

@@ -231,7 +231,7 @@ def _says_full(error: BaseException | None) -> bool:
     while error is not None:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if any(words in str(error) for words in ("No space left", "RESOURCE_EXHAUSTED")):
+        if any(words in str(error) for words in ("No space left", "Disk quota exceeded")):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -3,10 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests import support
-from tests.backbones.test_contract import model
 
 from kernels import Mask
+from tests import support
+from tests.backbones.test_contract import model
 
 MASK = Mask()
 
