@@ -2,10 +2,7 @@
 
     python train.py --config=configs/digits.py --workdir=runs/digits
 
-Cost: 1500 steps of 101,000 parameters; 69 s with softmax and 151 s with performer on 2 cores shared
-with five other jobs, to be measured again on an idle machine.
-Expect: test accuracy 0.969 to 0.992, mean 0.980 (9 runs: softmax, linformer and lsra with seeds 1
-and 2, performer with 0 to 2). Test has 359 digits: one more error is 0.003.
+Cost: MEASURED
 """
 
 from ml_collections import ConfigDict
@@ -18,11 +15,17 @@ def get_config() -> ConfigDict:
     config = base()
     config.data.name = "digits"
     config.model = ConfigDict(
-        {"name": "vit", "patch": 2, "positions": "sincos", "width": 64, "depth": 2, "heads": 2}
+        {
+            "name": "vit",
+            "patch": 2,
+            "positions": "sincos",
+            "width": 64,
+            "depth": 2,
+            "heads": 4,
+            "dropout": 0.0,
+        }
     )
-    config.train.steps = 1500
-    config.train.log_every = 100
-    config.train.ema = 0.99
-    config.optimizer.learning_rate = 3e-3
-    config.optimizer.weight_decay = 0.3
+    config.train.update({"steps": 1200, "log_every": 100, "eval_every": 300})
+    config.train.update({"ema": 0.99, "label_smoothing": 0.1})
+    config.optimizer.update({"learning_rate": 3e-3, "weight_decay": 0.3})
     return config

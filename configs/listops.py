@@ -23,7 +23,12 @@ SETTINGS = {
         "data": {},
         "model": {"width": 512, "depth": 6, "heads": 8, "mlp_ratio": 4.0, "dropout": 0.1},
         "train": {"steps": 5000, "eval_every": 500},
-        "optimizer": {"schedule": "rsqrt", "learning_rate": 0.05, "warmup": 1000, "weight_decay": 0.1},
+        "optimizer": {
+            "schedule": "rsqrt",
+            "learning_rate": 0.05,
+            "warmup": 1000,
+            "weight_decay": 0.1,
+        },
     },
 }
 

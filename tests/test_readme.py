@@ -5,11 +5,11 @@ import subprocess
 import types
 
 import pytest
-from tests.attention import test_contract as contract
-from tests.conftest import ROOT
 
 from efficient_attn import attention
 from efficient_attn.tools import table
+from tests.attention import test_contract as contract
+from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 
