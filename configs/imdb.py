@@ -1,7 +1,7 @@
 """IMDb reviews read byte by byte: Long Range Arena's Text task (arXiv 2011.04006, section 2.2.2).
 
-    python train.py --config=configs/imdb.py --workdir=runs/imdb                     # through TFDS
-    python train.py --config=configs/imdb.py:PATH/aclImdb --workdir=runs/imdb        # your own files
+    python train.py --config=configs/imdb.py --workdir=runs/imdb                 # by TFDS
+    python train.py --config=configs/imdb.py:PATH/aclImdb --workdir=runs/imdb    # from files
 
 PATH/aclImdb holds train/pos, train/neg and, if you have it, test/pos, test/neg.
 """
