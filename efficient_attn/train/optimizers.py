@@ -20,7 +20,7 @@ def schedule(config: Optimizer, *, steps: int) -> optax.Schedule:
     """
     rate, warmup = config.learning_rate, max(config.warmup, 1)
     if config.schedule == "cosine":
-        shape = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, steps)
+        shape = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, max(steps, warmup + 1))
     elif config.schedule == "constant":
         shape = optax.warmup_constant_schedule(0.0, rate, warmup)
     else:

@@ -40,6 +40,10 @@ def test_no_warmup_starts_at_the_peak(schedule):
     assert np.isfinite(found).all()
 
 
+def test_a_run_of_one_step_has_a_schedule():
+    assert rates(1, steps=1, learning_rate=0.2, warmup=0, schedule="cosine") == pytest.approx(0.2)
+
+
 PARAMS = {
     "dense": {"kernel": jnp.full((2, 3), 2.0), "bias": jnp.full((3,), 2.0)},
     "heads": {"kernel": jnp.full((2, 2, 2), 2.0), "bias": jnp.full((2, 2), 2.0)},
