@@ -39,7 +39,7 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 @pytest.mark.parametrize("marker", ["train", "test"])
 def test_each_command_sets_itself_up(marker):
-    assert block(marker).startswith("python3 -m venv .venv\n.venv/bin/pip install")
+    assert block(marker).startswith("python3 -m venv .venv && .venv/bin/pip install")
 
 
 @pytest.fixture
