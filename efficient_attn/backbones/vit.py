@@ -56,7 +56,7 @@ class Vit(Backbone):
         require(
             height % patch == 0 and width_px % patch == 0,
             f"patches of {patch} do not tile images of {height} x {width_px}; "
-            "change model.patch or data.image_size",
+            "change model.patch or data.image.size",
         )
         rows, columns = height // patch, width_px // patch
         self.config = config
