@@ -35,7 +35,7 @@ def rotate(
     """
     half = x.shape[-1] // 2
     frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = jnp.einsum("bt,d->btd", positions.astype(jnp.float32), frequencies)[:, :, None]
+    angles = positions[:, :, None, None] * frequencies[None, None, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
