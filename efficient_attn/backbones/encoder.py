@@ -41,7 +41,8 @@ class Encoder(Backbone):
     def __init__(self, config: Config, source: Input, build: Build, *, rngs: nnx.Rngs):
         if source.kind != "tokens" or source.vocab is None:
             raise UserError(
-                "model.name='encoder' reads tokens, not images; use 'vit', or data.layout='pixels'"
+                "model.name='encoder' reads tokens, not images; use 'vit', or "
+                "data.image.layout='pixels'"
             )
         width, (length,) = config.width, source.shape
         self.config = config
