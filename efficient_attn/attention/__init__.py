@@ -19,6 +19,7 @@ from efficient_attn.attention.base import (
     Mechanism,
     Mixer,
     Site,
+    written,
 )
 from efficient_attn.attention.diagnostics import Diagnostic, collapsed
 from efficient_attn.attention.linformer import Linformer
@@ -180,8 +181,7 @@ def describe() -> list[Row]:
 
 def _options(config: Any) -> tuple[Option, ...]:
     hints = typing.get_type_hints(type(config))
-    values = [(f.name, getattr(config, f.name)) for f in fields(config)]
     return tuple(
-        Option(name, describe_type(hints[name]), str(v) if isinstance(v, Choice) else repr(v))
-        for name, v in values
+        Option(f.name, describe_type(hints[f.name]), written(getattr(config, f.name)))
+        for f in fields(config)
     )

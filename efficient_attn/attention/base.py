@@ -184,10 +184,13 @@ class Choice:
             value = getattr(self.config, field.name)
             default = field.default if field.default_factory is MISSING else field.default_factory()
             if value != default:
-                options.append(
-                    f"{field.name}={value if isinstance(value, Choice) else repr(value)}"
-                )
+                options.append(f"{field.name}={written(value)}")
         return f"{self.name}({', '.join(options)})" if options else self.name
+
+
+def written(value: Any) -> str:
+    """The value of an option as an expression has it."""
+    return str(value) if isinstance(value, Choice) else repr(value)
 
 
 def refuse_mask(name: str, mask: Mask, capabilities: frozenset[str]) -> None:

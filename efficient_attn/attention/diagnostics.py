@@ -29,8 +29,7 @@ def estimate_quality(
     Looks at up to `queries` rows, evenly spread, of the first example, all heads. Returns
         error: |out - exact| / |exact|;
         uniform_error: the same for the plain mean of the visible values. An estimate that is no
-        better
-            has lost its queries;
+            better has lost its queries;
         features: effective number of features, (sum c)^2 / sum c^2 over the shares c >= 0 that the
             features have in the normaliser, averaged over rows. Near 1, a single one decides.
     """

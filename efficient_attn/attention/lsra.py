@@ -10,12 +10,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from efficient_attn.attention.base import Choice, Cost, Mixer, Site, refuse_mask
-from efficient_attn.attention.multihead import make_mixer, mixer_cost
+from efficient_attn.attention.multihead import linear, make_mixer, mixer_cost
 from efficient_attn.attention.softmax import Softmax
 from efficient_attn.config import require
 from kernels import Mask, local_conv
-
-XAVIER = nnx.initializers.xavier_uniform()
 
 
 class LsraState(NamedTuple):
@@ -53,7 +51,7 @@ class Lsra(Mixer):
         weight_dropout: float = 0.1
 
         def __post_init__(self):
-            sizes = self.kernel if isinstance(self.kernel, tuple) else (self.kernel,)
+            sizes = self.sizes
             require(
                 len(sizes) > 0 and min(sizes) > 0,
                 f"kernel={self.kernel} must be positive, one number or one for each layer",
@@ -62,6 +60,11 @@ class Lsra(Mixer):
                 0 <= self.weight_dropout < 1,
                 f"weight_dropout={self.weight_dropout} is not in [0, 1)",
             )
+
+        @property
+        def sizes(self) -> tuple[int, ...]:
+            """`kernel` as a tuple."""
+            return self.kernel if isinstance(self.kernel, tuple) else (self.kernel,)
 
     paper = "Lite Transformer with Long-Short Range Attention, arXiv 2004.11886"
     supports = frozenset({"padding", "causal", "segments", "decode"})
@@ -124,15 +127,11 @@ class LocalBranch(nnx.Module):
         self.taps = _taps(config, site.layer)
         self.gated = config.gate == "glu"
         entered = site.width * (2 if self.gated else 1)
-        self.enter = nnx.Linear(
-            site.width, entered, kernel_init=XAVIER, dtype=site.dtype, rngs=rngs
-        )
+        self.enter = linear(entered, site, rngs=rngs)
         kernel = {"dynamic": DynamicKernel, "lightweight": LightweightKernel}[config.conv]
         self.kernel = kernel(site, self.taps, rngs=rngs)
         self.dropout = nnx.Dropout(config.weight_dropout)
-        self.leave = nnx.Linear(
-            site.width, site.width, kernel_init=XAVIER, dtype=site.dtype, rngs=rngs
-        )
+        self.leave = linear(site.width, site, rngs=rngs)
 
     def __call__(self, x, *, mask: Mask, rngs: nnx.Rngs | None):
         """Padding is zero to the convolution, whatever the projection makes of it."""
@@ -165,7 +164,8 @@ class LightweightKernel(nnx.Module):
     """One set of taps per head, learned (arXiv 1901.10430, equation 5): [1, 1, H, K]."""
 
     def __init__(self, site: Site, taps: int, *, rngs: nnx.Rngs):
-        self.weight = nnx.Param(XAVIER(rngs.params(), (site.heads, taps)))
+        init = nnx.initializers.xavier_uniform()
+        self.weight = nnx.Param(init(rngs.params(), (site.heads, taps)))
 
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "1 1 H K"]:
         """The same for every position."""
@@ -177,10 +177,7 @@ class DynamicKernel(nnx.Module):
 
     def __init__(self, site: Site, taps: int, *, rngs: nnx.Rngs):
         self.taps = taps
-        out = site.heads * taps
-        self.predict = nnx.Linear(
-            site.width, out, use_bias=False, kernel_init=XAVIER, dtype=site.dtype, rngs=rngs
-        )
+        self.predict = linear(site.heads * taps, site, use_bias=False, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T H K"]:
         """Of each position's own input alone."""
@@ -197,5 +194,4 @@ def _half(site: Site) -> Site:
 
 
 def _taps(config: Lsra.Config, layer: int) -> int:
-    sizes = config.kernel if isinstance(config.kernel, tuple) else (config.kernel,)
-    return sizes[min(layer, len(sizes) - 1)]
+    return config.sizes[min(layer, len(config.sizes) - 1)]

@@ -25,10 +25,10 @@ class MultiHead(Mixer):
         keys = core.kv_heads * site.head_dim
         self.core = core
         self.allowed = capabilities
-        self.query = _linear(site.width, site.width, site, rngs)
-        self.key = _linear(site.width, keys, site, rngs)
-        self.value = _linear(site.width, keys, site, rngs)
-        self.out = _linear(site.width, site.width, site, rngs)
+        self.query = linear(site.width, site, rngs=rngs)
+        self.key = linear(keys, site, rngs=rngs)
+        self.value = linear(keys, site, rngs=rngs)
+        self.out = linear(site.width, site, rngs=rngs)
 
     def __call__(self, x, context=None, *, mask, positions=None, rngs=None, shared):
         """Attend from x to the context, or to x itself."""
@@ -80,9 +80,11 @@ def mixer_cost(choice: Choice, site: Site, length: int) -> Cost:
     return inside._replace(multiply_adds=inside.multiply_adds + projections)
 
 
-def _linear(width: int, out: int, site: Site, rngs: nnx.Rngs) -> nnx.Linear:
+def linear(out: int, site: Site, *, rngs: nnx.Rngs, use_bias: bool = True) -> nnx.Linear:
+    """A projection from the site's width, as every mixer's: Xavier uniform, the site's dtype."""
+    init = nnx.initializers.xavier_uniform()
     return nnx.Linear(
-        width, out, kernel_init=nnx.initializers.xavier_uniform(), dtype=site.dtype, rngs=rngs
+        site.width, out, use_bias=use_bias, kernel_init=init, dtype=site.dtype, rngs=rngs
     )
 
 

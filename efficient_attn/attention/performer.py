@@ -71,7 +71,7 @@ class Performer(Core):
     def cost(cls, config, site, length):
         """Features of q and k, then T R (D + 1) twice; the same for any T in decoding."""
         projected, rows = _features(config, site)
-        features = 0 if config.projection == "none" else 2 * length * projected * site.width
+        features = 2 * length * projected * site.width
         attend = 2 * length * rows * (site.head_dim + 1) * site.heads
         return Cost(features + attend, 4 * site.heads * (rows * (site.head_dim + 1) + 1))
 
