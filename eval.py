@@ -2,6 +2,7 @@
 
     python eval.py --workdir=runs/digits
     python eval.py --workdir=runs/digits --split=validation --step=best --export_predictions=p.csv
+    python eval.py --workdir=runs/dup --attention='reformer(rounds=1, chunk=16, eval_rounds=8)'
 
 Writes DIR/eval/SPLIT-STEP.json and .png: the confusion matrix of a classifier, the loss by position
 in the context of a model of tokens.
@@ -22,6 +23,7 @@ def define() -> flags.FlagValues:
         ("workdir", None, "directory of the run"),
         ("split", "test", "train, validation or test"),
         ("step", "last", "a step that was saved, last, or best (by validation)"),
+        ("attention", None, "another attention with the same parameters, to evaluate them under"),
         ("export_predictions", None, "a CSV file for index, label, prediction, probability"),
     ]
     for name, default, about in text:
@@ -55,6 +57,7 @@ def main(argv: Sequence[str]) -> None:
         given["workdir"],
         split=given["split"],
         step=given["step"],
+        attention=given["attention"],
         limit=given["limit"],
         batch_size=given["batch_size"],
         export=given["export_predictions"],

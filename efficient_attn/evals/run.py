@@ -1,9 +1,12 @@
 """Evaluate what a run has saved: restored from the run's own config.json."""
 
+import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +28,7 @@ def evaluate_run(
     *,
     split: str = "test",
     step: str = "last",
+    attention: str | None = None,
     limit: int | None = None,
     batch_size: int | None = None,
     export: str | Path | None = None,
@@ -32,6 +36,8 @@ def evaluate_run(
     """Evaluate a checkpoint on a split; write eval/SPLIT-STEP.json and .png into the run.
 
     step: a number, "last", or "best" by validation.
+    attention: evaluate the run's parameters under another attention that has the same ones; its
+        name is added to those of the files.
     limit: take the first so many examples only.
     batch_size: the run's `train.eval_batch_size` by default, which gives the very numbers of
         training.
@@ -42,7 +48,8 @@ def evaluate_run(
     and "bleu" with its "signature" of translations.
 
     Raises:
-        UserError: no such run, checkpoint or split; a checkpoint that cannot be read.
+        UserError: no such run, checkpoint or split; a checkpoint that cannot be read; an attention
+            whose parameters are others.
     """
     workdir = Workdir(path)
     if not workdir.config.exists():
@@ -57,10 +64,15 @@ def evaluate_run(
     info, source = dataset.info, dataset.splits[split]
     program = build(experiment, dataset, eval_batch_size=size)
     number, state = restore(workdir, program, step, score(info))
+    if attention is not None:
+        experiment = dataclasses.replace(experiment, attention=attention)
+        program = build(experiment, dataset, eval_batch_size=size)
+        state = transplant(state, program, attention)
     outputs = predict(program, state, source, batch_size=size, limit=limit)
     found = {
         "split": split,
         "step": number,
+        "attention": experiment.attention,
         "examples": len(source) if limit is None else min(limit, len(source)),
         **summarize(outputs, info),
     }
@@ -68,12 +80,15 @@ def evaluate_run(
         found["tokens"] = len(outputs["label"])
     else:
         found["classes"] = report.per_class(outputs, info.labels)
-    place = workdir.path / "eval" / f"{split}-{number}"
-    _draw(outputs, info, place.with_suffix(".png"), title=_title(experiment, found))
+    name = f"{split}-{number}"
+    if attention is not None:
+        name += "-" + re.sub(r"[^\w()=,]", "", attention)
+    folder = workdir.path / "eval"
+    _draw(outputs, info, folder / f"{name}.png", title=_title(experiment, found))
     if isinstance(source, Pairs):
-        path = place.with_suffix(".txt")
+        path = folder / f"{name}.txt"
         found |= bleu.evaluate(program, state, source, batch_size=size, limit=limit, path=path)
-    write_json(place.with_suffix(".json"), found)
+    write_json(folder / f"{name}.json", found)
     if export is not None:
         names = info.labels or tuple(map(str, range(info.classes)))
         report.export_predictions(outputs, names, Path(export))
@@ -100,6 +115,39 @@ def restore(workdir: Workdir, program: Program, step: str, score: Score) -> tupl
     finally:
         checkpoints.close()
     return number, state
+
+
+def transplant(state: State, program: Program, attention: str) -> State:
+    """A run's state for the program of another attention that has the same parameters.
+
+    Buffers (random projections, ...) are the run's where both have the same, else new ones.
+
+    Raises:
+        UserError: a parameter that only one of them has, or has in another shape.
+    """
+    mine, others = (_leaves(s["params"]) for s in (state, program.abstract))
+    for path in sorted(mine.keys() | others.keys()):
+        run, other = (f"{x[path].shape}" if path in x else "absent" for x in (mine, others))
+        if run != other:
+            raise UserError(
+                f"--attention={attention} does not have the run's parameters: {path} is {run} in "
+                f"the run and {other} there"
+            )
+    drawn, kept = program.init()["rest"], _leaves(state["rest"])
+
+    def pick(path, new):
+        old = kept.get(_name(path))
+        return old if old is not None and old.shape == new.shape else new
+
+    return state | {"rest": jax.tree_util.tree_map_with_path(pick, drawn)}
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def _choose(step: str, saved: Sequence[int], best: int | None, workdir: Workdir) -> int:

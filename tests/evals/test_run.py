@@ -67,6 +67,27 @@ def test_mistakes(finished, options, says):
         evaluate_run(finished[0], **options)
 
 
+def test_another_attention_with_the_same_parameters(finished):
+    """Softmax, and a performer with more features, which it has to draw, read its projections."""
+    path, trained = finished[0], read_json(finished[0] / "config.json")["attention"]
+    own, same, softmax, more = (
+        evaluate_run(path, attention=attention, limit=40, batch_size=8)
+        for attention in (None, trained, "softmax", "performer(features=64)")
+    )
+    assert own == same, "the run's own features"
+    assert len({own["loss"], softmax["loss"], more["loss"]}) == 3
+    assert max(abs(own["loss"] - other["loss"]) for other in (softmax, more)) < 0.5
+    assert read_json(path / "eval" / "test-12-performer(features=64).json") == more
+
+
+def test_an_attention_with_other_parameters_is_refused(finished):
+    says = "not have the run's parameters: .*core.keys.weight is absent in the run and"
+    with pytest.raises(UserError, match=says):
+        evaluate_run(finished[0], attention="linformer")
+    with pytest.raises(UserError, match="unknown attention 'preformer'"):
+        evaluate_run(finished[0], attention="preformer")
+
+
 def test_a_damaged_checkpoint_is_told_and_left_where_it_is(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "12" / "record" / "metadata").write_text("{}")
