@@ -3,24 +3,32 @@
     out_t = sum_s w_ts v_s / sum_s w_ts,    w_ts = <q_t, k_s> exp(log_scale_s)
 
 over the keys s that query t sees (Katharopoulos et al. 2020, arXiv 2006.16236, equations 4-12;
-Choromanski et al. 2021, arXiv 2009.14794, equations 3-4). q and k are features, made outside.
-`log_scale`, one number per key, carries magnitudes that float32 could not: each row's own maximum
-over the keys it sees is taken out before exponentiating, as an online softmax does. It cancels in
-the quotient, so the result is exact, no constant is added to the normaliser, and no future key has
-a say.
+Choromanski et al. 2021, arXiv 2009.14794, equations 3-4). q and k are features, or `features` makes
+them out of q and k, chunk by chunk and once more in the backward pass: where there are many more
+features than channels, no array of T x R numbers is ever written out. `log_scale`, one number per
+key, carries magnitudes that float32 could not: each row's own maximum over the keys it sees is
+taken out before exponentiating, as an online softmax does. It cancels in the quotient, so the
+result is exact, no constant is added to the normaliser, and no future key has a say.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kernels.dispatch import Backend, choose
 from kernels.mask import Mask
 from kernels.recurrence import Reach, scan_chunks
+
+FeatureMap = Callable[
+    [Float[Array, "B C H D"], Int[Array, "B C"]],
+    tuple[Float[Array, "B C H R"], Float[Array, "B C H"] | None],
+]
+"""phi(x) = features exp(log_scale) of queries or keys at given positions; float32."""
 
 LEAST = 1e-30
 """A normaliser below this is none: its inverse, times values and their gradient, would overflow."""
@@ -34,21 +42,24 @@ class LinearState(NamedTuple):
 
 
 def linear_attention(
-    q: Float[Array, "B T H R"],
-    k: Float[Array, "B S H R"],
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S H D"],
     v: Float[Array, "B S H Dv"],
     *,
+    features: FeatureMap | None = None,
     log_scale: Float[Array, "B S H"] | None = None,
     mask: Mask | None = None,
     chunk: int = 128,
     backend: Backend = "auto",
 ) -> Float[Array, "B T H Dv"]:
-    """Linear attention of features q on features k; see the module's formula.
+    """Linear attention of q on k; see the module's formula.
 
-    Causal, and over segments, by a scan over chunks of `chunk` keys: T (chunk (R + Dv) + 2 R Dv)
-    multiply-adds a head, memory linear in T, no prefix sum per position. Sums run in float32; the
-    result has v's dtype. A row whose normaliser is below `LEAST` (it sees no key, or shares no live
-    feature with any) gives 0.
+    features: phi, of queries and keys at their positions 0, 1, ...; None takes q and k as they are.
+
+    By a scan over chunks: of `chunk` keys where the mask is causal or has segments, T (chunk (R +
+    Dv) + 2 R Dv) multiply-adds a head with no prefix sum per position; else of 4 chunk, T 2 R Dv.
+    Memory is linear in T. Sums run in float32; the result has v's dtype. A row whose normaliser is
+    below `LEAST` (it sees no key, or shares no live feature with any) gives 0.
 
     Raises:
         ValueError: the mask does not fit.
@@ -57,15 +68,16 @@ def linear_attention(
     mask = mask or Mask()
     mask.check(q.shape[1], k.shape[1])
     run = choose("linear_attention", backend, {"xla": _xla})
-    return run(q, k, v, log_scale=log_scale, mask=mask, chunk=chunk)
+    return run(q, k, v, features=features or _given, log_scale=log_scale, mask=mask, chunk=chunk)
 
 
 def causal_linear_attention(
-    q: Float[Array, "B T H R"],
-    k: Float[Array, "B T H R"],
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T H D"],
     v: Float[Array, "B T H Dv"],
     state: LinearState,
     *,
+    features: FeatureMap | None = None,
     log_scale: Float[Array, "B T H"] | None = None,
     mask: Mask | None = None,
     chunk: int = 128,
@@ -74,6 +86,7 @@ def causal_linear_attention(
     """Causal linear attention that goes on from `state`, and the state that it leaves.
 
     A sequence cut in two gives what it gives whole. With segments, the state belongs to the first.
+    `features` counts positions from 0 anew.
 
     Raises:
         ValueError: the mask does not fit or is not causal.
@@ -84,7 +97,8 @@ def causal_linear_attention(
     if not mask.causal:
         raise ValueError("causal_linear_attention takes a causal mask: Mask(causal=True, ...)")
     run = choose("causal_linear_attention", backend, {"xla": _xla_causal})
-    return run(q, k, v, state, log_scale=log_scale, mask=mask, chunk=chunk)
+    how = {"features": features or _given, "log_scale": log_scale, "mask": mask, "chunk": chunk}
+    return run(q, k, v, state, **how)
 
 
 def linear_attention_init(batch: int, heads: int, features: int, dim: int) -> LinearState:
@@ -101,8 +115,9 @@ def linear_attention_step(
     *,
     log_scale: Float[Array, "B 1 H"] | None = None,
 ) -> tuple[Float[Array, "B 1 H Dv"], LinearState]:
-    """One token of causal linear attention: update the state, read it out."""
-    q, k, values, scale = _prepare(q, k, v, log_scale, Mask())
+    """One token of causal linear attention, features given: update the state, read it out."""
+    tokens = _tokens(k, v, log_scale, Mask())
+    q, (k, values, scale) = q.astype(jnp.float32), _keys(tokens, _given)
     new = jnp.maximum(state.top, scale[:, 0])
     kept, entering = jnp.exp(state.top - new), jnp.exp(scale[:, 0] - new)
     memory = kept[..., None, None] * state.memory
@@ -111,39 +126,60 @@ def linear_attention_step(
     return _divide(out).astype(v.dtype), LinearState(memory, new)
 
 
-def _xla(q, k, v, *, log_scale, mask: Mask, chunk: int):
-    q, k, values, scale = _prepare(q, k, v, log_scale, mask)
+def _xla(q, k, v, *, features: FeatureMap, log_scale, mask: Mask, chunk: int):
+    tokens = _tokens(k, v, log_scale, mask)
     if not mask.causal and mask.segments is None:
-        top = _finite(jnp.max(scale, axis=1, keepdims=True))
-        weighted = k * jnp.exp(scale - top)[..., None]
-        sums = jnp.einsum("bthr,bhrd->bthd", q, jnp.einsum("bshr,bshd->bhrd", weighted, values))
-        return _divide(sums).astype(v.dtype)
-    scan = functools.partial(_scan, chunk=chunk)
-    (sums, top), _ = scan(q, k, values, scale, mask.segments, strict=False)
+        return _two_sided(q, tokens, features, 4 * chunk).astype(v.dtype)
+    scan = functools.partial(_scan, features=features, chunk=chunk)
+    (sums, top), _ = scan(q, tokens, mask.segments, strict=False)
     if not mask.causal:
-        backwards = [_flip(x) for x in (q, k, values, scale, mask.segments)]
+        backwards = jax.tree.map(_flip, (q, tokens, mask.segments))
         later, top_later = map(_flip, scan(*backwards, strict=True)[0])
         both = _finite(jnp.maximum(top, top_later))
         sums = sums * jnp.exp(top - both)[..., None] + later * jnp.exp(top_later - both)[..., None]
     return _divide(sums).astype(v.dtype)
 
 
-def _xla_causal(q, k, v, state, *, log_scale, mask: Mask, chunk: int):
-    parts = _prepare(q, k, v, log_scale, mask)
-    (sums, _), state = _scan(*parts, mask.segments, state, chunk=chunk, strict=False)
+def _xla_causal(q, k, v, state, *, features: FeatureMap, log_scale, mask: Mask, chunk: int):
+    tokens = _tokens(k, v, log_scale, mask)
+    how = {"features": features, "chunk": chunk, "strict": False}
+    (sums, _), state = _scan(q, tokens, mask.segments, state, **how)
     return _divide(sums).astype(v.dtype), state
 
 
-def _prepare(q, k, v, log_scale, mask: Mask):
+class _Tokens(NamedTuple):
+    """Keys and values as they were given; what is filled up with zeros is not `seen`."""
+
+    k: Float[Array, "B S H D"]
+    v: Float[Array, "B S H Dv"]
+    scale: Float[Array, "B S H"]
+    seen: Float[Array, "B S"]
+    at: Int[Array, "B S"]
+
+
+def _tokens(k, v, log_scale, mask: Mask) -> _Tokens:
+    scale = jnp.zeros_like(k, shape=k.shape[:3]) if log_scale is None else log_scale
+    seen = jnp.ones(k.shape[:2], bool) if mask.keys is None else mask.keys
+    return _Tokens(k, v, scale.astype(jnp.float32), seen, _positions(k))
+
+
+def _positions(x):
+    return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+
+
+def _given(x, at):
+    return x.astype(jnp.float32), None
+
+
+def _keys(tokens: _Tokens, features: FeatureMap):
     """float32 features, values with a column of ones (which sums the weights), log scales."""
-    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    scale = jnp.zeros(k.shape[:3], jnp.float32) if log_scale is None else log_scale
+    k, own = features(tokens.k, tokens.at)
+    scale = tokens.scale if own is None else tokens.scale + own
+    v = tokens.v.astype(jnp.float32)
     values = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
-    if mask.keys is not None:
-        seen = mask.keys[:, :, None]
-        k, values = (jnp.where(seen[..., None], x, 0.0) for x in (k, values))
-        scale = jnp.where(seen, scale, -jnp.inf)
-    return q, k, values, scale.astype(jnp.float32)
+    seen = tokens.seen[:, :, None]
+    k, values = (jnp.where(seen[..., None], x, 0.0) for x in (k, values))
+    return k, values, jnp.where(seen, scale, -jnp.inf)
 
 
 def _flip(x):
@@ -166,25 +202,45 @@ def _divide(sums):
     return sums[..., :-1] / jnp.where(alive, sums[..., -1:], 1.0)
 
 
-def _scan(q, k, values, scale, segments, state=None, *, chunk: int, strict: bool):
+def _empty(q, tokens: _Tokens, features: FeatureMap) -> LinearState:
+    """The state before the first token; "like" q, so that it is sharded as q is."""
+    made = jax.eval_shape(features, tokens.k[:, :1], tokens.at[:, :1])[0]
+    shape = (q.shape[0], *made.shape[2:], tokens.v.shape[3] + 1)
+    top = jnp.full_like(q, -jnp.inf, jnp.float32, shape=shape[:2])
+    return LinearState(jnp.zeros_like(q, jnp.float32, shape=shape), top)
+
+
+def _two_sided(q, tokens: _Tokens, features: FeatureMap, chunk: int):
+    """Every query reads all keys: sum these up, then read."""
+
+    def absorb(state, tokens, reach):
+        return _absorb(state, *_keys(tokens, features), reach), ()
+
+    def read(_, tokens, reach):
+        return (), jnp.einsum("bthr,bhrd->bthd", features(*tokens)[0], state.memory)
+
+    state = _empty(q, tokens, features)
+    _, state = scan_chunks(absorb, state, tokens, None, chunk=min(chunk, tokens.k.shape[1]))
+    sums, _ = scan_chunks(read, (), (q, _positions(q)), None, chunk=min(chunk, q.shape[1]))
+    return _divide(sums)
+
+
+def _scan(
+    q, tokens: _Tokens, segments, state=None, *, features: FeatureMap, chunk: int, strict: bool
+):
     """Sums over the keys before each query and, unless `strict`, over its own.
 
     Returns (the sums [B, T, H, Dv+1], each taken out by exp(top), and those tops [B, T, H]), and
     the last state.
     """
-    if state is None:
-        shape = (q.shape[0], *q.shape[2:], values.shape[3])
-        empty = jnp.full_like(scale[:, 0], -jnp.inf)
-        state = LinearState(jnp.zeros_like(q, shape=shape), empty)  # "like": sharded as q is
-    tokens = (q, k, values, scale, jnp.ones(scale.shape[:2], bool))
-    body = functools.partial(_chunk, strict=strict)
-    return scan_chunks(body, state, tokens, segments, chunk=min(chunk, q.shape[1]))
+    state = _empty(q, tokens, features) if state is None else state
+    body = functools.partial(_chunk, features=features, strict=strict)
+    return scan_chunks(body, state, (q, tokens), segments, chunk=min(chunk, q.shape[1]))
 
 
-def _chunk(state: LinearState, tokens, reach: Reach, *, strict: bool):
+def _chunk(state: LinearState, tokens, reach: Reach, *, features: FeatureMap, strict: bool):
     """One chunk: the next state, and what its queries read from the state and from each other."""
-    q, k, values, scale, there = tokens
-    scale = jnp.where(there[..., None], scale, -jnp.inf)
+    q, (k, values, scale) = features(tokens[0], tokens[1].at)[0], _keys(tokens[1], features)
     seen = jnp.tril(reach.within, -1) if strict else reach.within
     within = jnp.where(seen[:, None], rearrange(scale, "b s h -> b h 1 s"), -jnp.inf)
     past = jnp.where(reach.start[:, None], state.top[..., None], -jnp.inf)
@@ -193,7 +249,11 @@ def _chunk(state: LinearState, tokens, reach: Reach, *, strict: bool):
     fade = jnp.exp(past - _finite(row_top))
     sums = jnp.einsum("bhts,bshd->bthd", weights, values)
     sums += jnp.einsum("bthr,bhrd->bthd", q, state.memory) * rearrange(fade, "b h t -> b t h 1")
+    return _absorb(state, k, values, scale, reach), (sums, rearrange(row_top, "b h t -> b t h"))
 
+
+def _absorb(state: LinearState, k, values, scale, reach: Reach) -> LinearState:
+    """The state after a chunk."""
     scale = jnp.where(reach.end[..., None], scale, -jnp.inf)
     past = jnp.where(reach.keep[:, None], state.top, -jnp.inf)
     new = jax.lax.stop_gradient(jnp.maximum(past, jnp.max(scale, axis=1)))
@@ -201,4 +261,4 @@ def _chunk(state: LinearState, tokens, reach: Reach, *, strict: bool):
     memory += jnp.einsum(
         "bshr,bshd->bhrd", k * jnp.exp(scale - _finite(new)[:, None])[..., None], values
     )
-    return LinearState(memory, new), (sums, rearrange(row_top, "b h t -> b t h"))
+    return LinearState(memory, new)

@@ -60,20 +60,20 @@ def written(mask: Mask, *arrays: Float[Array, "B T ..."]) -> list[Float[Array, "
 
 
 def scan_chunks(
-    body: Callable[[Any, tuple[Array, ...], Reach], tuple[Any, Any]],
+    body: Callable[[Any, Any, Reach], tuple[Any, Any]],
     state: Any,
-    tokens: tuple[Array, ...],
+    tokens: Any,
     segments: Array | None,
     *,
     chunk: int,
 ) -> tuple[Any, Any]:
     """`body(state, tokens of a chunk, reach) -> (state, outputs)` over all chunks of [B, T, ...].
 
-    State and outputs are arrays or trees of them. The last chunk is filled with zeros. `state` is
-    that of the first token's segment; the last one's comes back. Backwards, one chunk at a time is
-    computed again: memory grows with T alone.
+    State, tokens and outputs are arrays or trees of them. The last chunk is filled with zeros.
+    `state` is that of the first token's segment; the last one's comes back. Backwards, one chunk at
+    a time is computed again, unless there is only one: memory grows with T alone.
     """
-    batch, length = tokens[0].shape[:2]
+    batch, length = jax.tree.leaves(tokens)[0].shape[:2]
     pad = -length % chunk
     if segments is None:
         segments = jnp.zeros((batch, length), jnp.int32)
@@ -96,8 +96,9 @@ def scan_chunks(
         state, out = body(state, tokens, reach)
         return (state, last), out
 
-    given = split(segments, "edge"), tuple(split(x) for x in tokens)
-    (state, _), outs = jax.lax.scan(jax.checkpoint(one), (state, segments[:, 0]), given)
+    given = split(segments, "edge"), jax.tree.map(split, tokens)
+    again = jax.checkpoint(one) if length > chunk else one
+    (state, _), outs = jax.lax.scan(again, (state, segments[:, 0]), given)
     join = lambda x: rearrange(x, "n b c ... -> b (n c) ...")[:, :length]  # noqa: E731
     return jax.tree.map(join, outs), state
 

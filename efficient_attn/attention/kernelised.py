@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.attention.base import Core, Cost
@@ -46,11 +45,9 @@ class Kernelised(Core):
 
     def __call__(self, q, k, v, *, mask: Mask, shared: Mapping[str, Any]):
         """See `kernels.linear_attention`."""
-        q_features, k_features, scale = self._map(q, k)
         return linear_attention(
-            q_features, k_features, v,
-            log_scale=scale, mask=mask, chunk=CHUNK, backend=self.site.backend,
-        )  # fmt: skip
+            q, k, v, features=self.features, mask=mask, chunk=CHUNK, backend=self.site.backend
+        )
 
     def init_state(self, batch, dtype):
         """Sums over the past, float32 whatever `dtype`; their size does not grow with it."""
@@ -59,19 +56,14 @@ class Kernelised(Core):
 
     def step(self, q, k, v, state, *, position):
         """See `kernels.linear_attention_step`."""
-        q_features, k_features, scale = self._map(q, k, position[:, None])
+        q_features, _ = self.features(q, position[:, None])
+        k_features, scale = self.features(k, position[:, None])
         return linear_attention_step(q_features, k_features, v, state, log_scale=scale)
 
     def prefill(self, q, k, v, state, *, keys):
         """See `kernels.causal_linear_attention`."""
-        q_features, k_features, scale = self._map(q, k)
         return causal_linear_attention(
-            q_features, k_features, v, state,
-            log_scale=scale, mask=Mask(causal=True, keys=keys), chunk=CHUNK,
+            q, k, v, state,
+            features=self.features, mask=Mask(causal=True, keys=keys), chunk=CHUNK,
             backend=self.site.backend,
         )  # fmt: skip
-
-    def _map(self, q, k, positions=None):
-        at = [jnp.arange(x.shape[1])[None] if positions is None else positions for x in (q, k)]
-        q_features, _ = self.features(q, at[0])
-        return q_features, *self.features(k, at[1])

@@ -64,6 +64,29 @@ def test_scales_of_e_to_the_300_leave_every_row_its_own_precision(mask):
         )
 
 
+def phi(x, at):
+    """Exponential features with a scale each, 3 times as many as channels, that know the place."""
+    rows = jnp.asarray(arrays(5, w=(3 * x.shape[-1], x.shape[-1]))["w"])
+    logits = jnp.einsum("bthd,rd->bthr", x, rows) + jnp.sin(at)[:, :, None, None]
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    return jnp.exp(logits - top), top[..., 0]
+
+
+def of_features(q, k, v, *, mask, log_scale=None):
+    (q, _), (k, scale) = (phi(x, jnp.arange(x.shape[1])[None]) for x in (q, k))
+    scale = scale if log_scale is None else scale + log_scale
+    return reference.linear_attention(q, k, v, log_scale=scale, mask=mask)
+
+
+@pytest.mark.parametrize("scale", [None, 1.0])
+@pytest.mark.parametrize("mask", MASKS)
+def test_features_are_made_chunk_by_chunk(mask, scale):
+    given = features(63, scale=scale)
+    given |= {name: np.log(given[name]) for name in "qk"}
+    how = {"chunk": 8, "features": phi}
+    agree(both(op, of_features, given, mask_of(mask, 63), op_options=how))
+
+
 @pytest.mark.parametrize("level", [-300.0, 300.0])
 def test_a_level_common_to_all_keys_cancels(level):
     given = features(63)
