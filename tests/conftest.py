@@ -21,12 +21,20 @@ install_import_hook(["efficient_attn", "kernels"], "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Under `-n` one worker has all tests of an expression, or else of a file."""
+    """Under `-n` one worker has all tests of an expression, or else of a file.
+
+    `further` marks the tests of a mechanism's options beyond its first variant.
+    """
+    from tests import support  # with jax, which the lines above have set up
+
     for item in items:
         expression = getattr(item, "callspec", None) and item.callspec.params.get("expression")
         group = expression if isinstance(expression, str) else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
+        if expression in support.EXPRESSIONS and expression not in support.FIRSTS:
+            item.add_marker(pytest.mark.further)
 
 
 RAN = itertools.count(1)
