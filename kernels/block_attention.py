@@ -19,7 +19,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from kernels.dispatch import Backend, choose
-from kernels.mask import Mask
+from kernels.mask import Mask, check_heads
 
 LIVE, FEW = 2, 1 << 14
 """Logits of a head held at once: LIVE for each number of its queries, FEW or one block's at least.
@@ -83,8 +83,7 @@ def block_attention(
     """
     mask = mask or Mask()
     mask.check(q.shape[1], k.shape[1])
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"{k.shape[2]} key-value heads do not divide {q.shape[2]} heads")
+    check_heads(q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     run = choose("block_attention", backend, {"xla": _xla})
     return run(q, k, v, blocks=blocks, mask=mask, scale=scale, slopes=slopes)

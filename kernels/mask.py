@@ -55,3 +55,9 @@ class Mask:
         for name, array in (("keys", self.keys), ("segments", self.segments)):
             if array is not None and array.shape[-1] != keys:
                 raise ValueError(f"mask.{name} has length {array.shape[-1]}, the keys have {keys}")
+
+
+def check_heads(q: Array, k: Array) -> None:
+    """Raise ValueError where the key-value heads of k [B,S,G,D] do not divide q's [B,T,H,D]."""
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{k.shape[2]} key-value heads do not divide {q.shape[2]} heads")

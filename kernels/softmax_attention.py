@@ -8,7 +8,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from kernels.dispatch import Backend, choose
-from kernels.mask import Mask
+from kernels.mask import Mask, check_heads
 
 DENSE_LOGITS = 1 << 20
 """Up to this many logits per head, T x S, are held at once; longer queries go chunk by chunk."""
@@ -41,8 +41,7 @@ def softmax_attention(
     """
     mask = mask or Mask()
     mask.check(q.shape[1], k.shape[1])
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"{k.shape[2]} key-value heads do not divide {q.shape[2]} heads")
+    check_heads(q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     run = choose("softmax_attention", backend, {"xla": _xla})
     bias = None

@@ -1,6 +1,6 @@
 """The contract of every attention mechanism: a core inside `MultiHead`, or a mixer of its own."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -21,6 +21,16 @@ CAPABILITIES = (
 
 class Buffer(nnx.Variable):
     """State that is carried, saved and restored with a model, but never trained."""
+
+
+def redraw(
+    drawn: Buffer, draw: Callable[[jax.Array], jax.Array], *, step: jax.Array, every: int
+) -> None:
+    """Fill `drawn` with draw(step // every) where `step` is a multiple of `every`; 0 is never."""
+    if every:
+        drawn[...] = jax.lax.cond(
+            step % every == 0, lambda: draw(step // every), lambda: drawn[...]
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,19 +11,16 @@ from efficient_attn.attention.base import Cost
 from efficient_attn.attention.recurrent import (
     CHUNK,
     Discretisation,
-    Recurrent,
-    expanded,
+    Projected,
     head_norm,
     projection,
-    split_heads,
     tokens_run,
 )
 from efficient_attn.config import at_least
-from efficient_attn.layers.conv import ShortConv
 from kernels import gated_delta_rule, gated_delta_rule_step
 
 
-class GatedDelta(Recurrent):
+class GatedDelta(Projected):
     """S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T (arXiv 2412.06464, equation 10).
 
     q, k, v pass through the short convolution and SiLU; q and k are then brought to length 1.
@@ -60,28 +57,21 @@ class GatedDelta(Recurrent):
     label = "gated_delta"
 
     def __init__(self, config, site, *, rngs, shared):
-        key, value = _widths(config, site)
-        keys, values = site.heads * key, site.heads * value
-        conv = None
-        if config.conv:
-            conv = ShortConv(2 * keys + values, config.conv, backend=site.backend, rngs=rngs)
-        super().__init__(config, site, conv=conv)
-        self.query = projection(site.width, keys, site, rngs=rngs)
-        self.key = projection(site.width, keys, site, rngs=rngs)
-        self.value = projection(site.width, values, site, rngs=rngs)
+        super().__init__(config, site, rngs=rngs)
+        values = self.value.out_features
         self.beta = projection(site.width, site.heads, site, rngs=rngs)
         if config.gate == "mamba2":
             self.decay = projection(site.width, site.heads, site, rngs=rngs)
             self.discretise = Discretisation(site.heads, rates=(2**-10, 16.0), rngs=rngs)
         if config.output == "swish":
             self.gate = projection(site.width, values, site, rngs=rngs)
-        self.norm = head_norm("rms", value, site, rngs=rngs)
+        self.norm = head_norm("rms", values // site.heads, site, rngs=rngs)
         self.out = projection(values, site.width, site, rngs=rngs)
 
     @classmethod
     def cost(cls, config, site, length):
         """Projections, taps, and chunks of tokens each with each; the state in decoding."""
-        heads, (key, value) = site.heads, _widths(config, site)
+        heads, (key, value) = site.heads, cls.widths(config, site)
         streams = heads * (2 * key + value)
         gates = 1 + (config.gate == "mamba2") + value * (1 + (config.output == "swish"))
         projections = site.width * (streams + heads * gates)
@@ -93,13 +83,9 @@ class GatedDelta(Recurrent):
         kept = heads * key * value + max(config.conv - 1, 0) * streams
         return Cost(length * (projections + config.conv * streams) + heads * mixed, 4 * kept)
 
-    def shape(self):
-        """Of the options."""
-        return self.site.heads, *_widths(self.config, self.site)
-
     def enter(self, x):
         """Queries, keys and values side by side; the logits of the gates."""
-        streams = jnp.concatenate([self.query(x), self.key(x), self.value(x)], axis=-1)
+        streams = self.together(x)
         if self.conv is None:
             streams = jax.nn.silu(streams)
         return streams, (
@@ -110,10 +96,7 @@ class GatedDelta(Recurrent):
 
     def given(self, streams, aside, positions):
         """q and k of length 1, v, how much to write and how much to keep."""
-        keys = self.site.heads * _widths(self.config, self.site)[0]
-        q, k, v = (
-            split_heads(x, self.site.heads) for x in jnp.split(streams, [keys, 2 * keys], axis=-1)
-        )
+        q, k, v = self.apart(streams)
         beta, decay, _ = aside
         top = {"positive": 1.0, "signed": 2.0}[self.config.eigenvalues]
         return {
@@ -127,13 +110,6 @@ class GatedDelta(Recurrent):
         """The norm of each head, the gate, the projection."""
         out = rearrange(self.norm(out), "b t h d -> b t (h d)")
         return self.out(out if aside[2] is None else jax.nn.silu(aside[2]) * out)
-
-
-def _widths(config: GatedDelta.Config, site) -> tuple[int, int]:
-    return (
-        expanded("gated_delta", "expand_k", config.expand_k, site),
-        expanded("gated_delta", "expand_v", config.expand_v, site),
-    )
 
 
 def _unit(x):

@@ -10,19 +10,17 @@ from einops import rearrange
 from efficient_attn.attention.base import Cost
 from efficient_attn.attention.recurrent import (
     CHUNK,
-    Recurrent,
-    expanded,
+    Projected,
     head_norm,
     projection,
     split_heads,
     tokens_run,
 )
 from efficient_attn.config import at_least, require
-from efficient_attn.layers.conv import ShortConv
 from kernels.gated_linear_attention import chunk_length
 
 
-class Gla(Recurrent):
+class Gla(Projected):
     """S_t = diag(alpha_t) S_{t-1} + k_t^T v_t, y_t = (swish(x_t W_r + b_r) * norm(q_t S_t)) W_O.
 
     alpha_t = sigmoid(x_t W_1 W_2 + b)^(1/tau) (GLA, arXiv 2312.06635, equation 3 and section 4.4).
@@ -54,25 +52,18 @@ class Gla(Recurrent):
     label = "gla"
 
     def __init__(self, config, site, *, rngs, shared):
-        key, value = _widths(config, site)
-        keys, values = site.heads * key, site.heads * value
-        conv = None
-        if config.conv:
-            conv = ShortConv(2 * keys + values, config.conv, backend=site.backend, rngs=rngs)
-        super().__init__(config, site, conv=conv)
-        self.query = projection(site.width, keys, site, rngs=rngs)
-        self.key = projection(site.width, keys, site, rngs=rngs)
-        self.value = projection(site.width, values, site, rngs=rngs)
+        super().__init__(config, site, rngs=rngs)
+        keys, values = self.query.out_features, self.value.out_features
         self.gate = projection(site.width, values, site, use_bias=True, rngs=rngs)
         self.narrow = projection(site.width, config.rank, site, rngs=rngs)
         self.decay = projection(config.rank, keys, site, use_bias=True, rngs=rngs)
-        self.norm = head_norm(config.norm, value, site, rngs=rngs)
+        self.norm = head_norm(config.norm, values // site.heads, site, rngs=rngs)
         self.out = projection(values, site.width, site, rngs=rngs)
 
     @classmethod
     def cost(cls, config, site, length):
         """Projections, taps, and chunks of tokens each with each; the state in decoding."""
-        heads, (key, value) = site.heads, _widths(config, site)
+        heads, (key, value) = site.heads, cls.widths(config, site)
         streams = heads * (2 * key + value)
         projections = site.width * (streams + 2 * heads * value)
         projections += config.rank * (site.width + heads * key)
@@ -82,21 +73,15 @@ class Gla(Recurrent):
         kept = heads * key * value + max(config.conv - 1, 0) * streams
         return Cost(length * (projections + config.conv * streams) + mixed, 4 * kept)
 
-    def shape(self):
-        """Of the options."""
-        return self.site.heads, *_widths(self.config, self.site)
-
     def enter(self, x):
         """Queries, keys and values side by side; the output's gate and the memory's."""
-        streams = jnp.concatenate([self.query(x), self.key(x), self.value(x)], axis=-1)
+        streams = self.together(x)
         return streams, (self.gate(x), self.decay(self.narrow(x)))
 
     def given(self, streams, aside, positions):
         """q, k, v, and the decay of each key channel."""
-        keys = self.site.heads * _widths(self.config, self.site)[0]
-        logits = aside[1].astype(jnp.float32)
-        parts = *jnp.split(streams, [keys, 2 * keys], axis=-1), jax.nn.log_sigmoid(logits)
-        q, k, v, log_gate = (split_heads(x, self.site.heads) for x in parts)
+        q, k, v = self.apart(streams)
+        log_gate = jax.nn.log_sigmoid(split_heads(aside[1].astype(jnp.float32), self.site.heads))
         return {
             "q": q * q.shape[-1] ** -0.5,
             "k": k,
@@ -108,10 +93,3 @@ class Gla(Recurrent):
         """The norm of each head, the gate, the projection."""
         out = rearrange(self.norm(out), "b t h d -> b t (h d)")
         return self.out(jax.nn.silu(aside[0]) * out)
-
-
-def _widths(config: Gla.Config, site) -> tuple[int, int]:
-    return (
-        expanded("gla", "expand_k", config.expand_k, site),
-        expanded("gla", "expand_v", config.expand_v, site),
-    )

@@ -6,7 +6,7 @@ from typing import Literal
 
 import jax
 
-from efficient_attn.attention.base import Buffer
+from efficient_attn.attention.base import Buffer, redraw
 from efficient_attn.attention.diagnostics import Diagnostic, estimate_quality
 from efficient_attn.attention.features import FeatureMap, draw_projection, feature_map
 from efficient_attn.attention.kernelised import Kernelised
@@ -61,9 +61,8 @@ class Performer(Kernelised):
     def __init__(self, config, site, *, rngs, shared):
         super().__init__(config, site, rngs=rngs, shared=shared)
         if config.projection != "none":
-            key = rngs.params()
-            self.key = Buffer(jax.random.key_data(key))
-            self.projection = Buffer(self._draw(key, 0))
+            self.key = Buffer(jax.random.key_data(rngs.params()))
+            self.projection = Buffer(self._draw(0))
 
     @classmethod
     def count(cls, config, site):
@@ -94,18 +93,12 @@ class Performer(Kernelised):
 
         What is drawn depends on the key of construction and on step // redraw alone.
         """
-        if self.config.redraw == 0 or self.config.projection == "none":
-            return
-        key = jax.random.wrap_key_data(self.key[...])
-        self.projection[...] = jax.lax.cond(
-            step % self.config.redraw == 0,
-            lambda: self._draw(key, step // self.config.redraw),
-            lambda: self.projection[...],
-        )
+        if self.config.projection != "none":
+            redraw(self.projection, self._draw, step=step, every=self.config.redraw)
 
-    def _draw(self, key, count):
+    def _draw(self, count):
         rows = _features(self.config, self.site)[0]
-        key = jax.random.fold_in(key, count)
+        key = jax.random.fold_in(jax.random.wrap_key_data(self.key[...]), count)
         return draw_projection(key, rows, self.site.head_dim, self.config.projection)
 
 

@@ -107,6 +107,47 @@ class Recurrent(Mixer):
         return self.leave(out, streams, aside, mask.keys), memory
 
 
+class Projected(Recurrent):
+    """A recurrence of queries, keys and values that pass through one short convolution, if any.
+
+    Its options are `expand_k` and `expand_v`, the width of keys and values over the model's, and
+    `conv`, the taps; 0 is none.
+    """
+
+    def __init__(self, config: Any, site: Site, *, rngs: nnx.Rngs):
+        keys, values = (site.heads * width for width in self.widths(config, site))
+        conv = None
+        if config.conv:
+            conv = ShortConv(2 * keys + values, config.conv, backend=site.backend, rngs=rngs)
+        super().__init__(config, site, conv=conv)
+        self.query = projection(site.width, keys, site, rngs=rngs)
+        self.key = projection(site.width, keys, site, rngs=rngs)
+        self.value = projection(site.width, values, site, rngs=rngs)
+
+    @classmethod
+    def widths(cls, config: Any, site: Site) -> tuple[int, int]:
+        """Of a key and of a value."""
+        return (
+            expanded(cls.label, "expand_k", config.expand_k, site),
+            expanded(cls.label, "expand_v", config.expand_v, site),
+        )
+
+    def shape(self):
+        """Of the options."""
+        return self.site.heads, *self.widths(self.config, self.site)
+
+    def together(self, x: Float[Array, "B T E"]) -> Float[Array, "B T W"]:
+        """Queries, keys and values side by side."""
+        return jnp.concatenate([self.query(x), self.key(x), self.value(x)], axis=-1)
+
+    def apart(self, streams: Float[Array, "B T W"]) -> list[Float[Array, "B T H D"]]:
+        """Queries, keys and values."""
+        keys = self.query.out_features
+        return [
+            split_heads(x, self.site.heads) for x in jnp.split(streams, [keys, 2 * keys], axis=-1)
+        ]
+
+
 class Discretisation(nnx.Module):
     """dt = softplus(z + bias), log a = -A dt, one A > 0 and one bias per head (arXiv 2405.21060).
 

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from efficient_attn.attention.base import Buffer, Cost, Mixer, refuse_context, refuse_mask
+from efficient_attn.attention.base import (
+    Buffer,
+    Cost,
+    Mixer,
+    redraw,
+    refuse_context,
+    refuse_mask,
+)
 from efficient_attn.attention.multihead import linear
 from efficient_attn.config import at_least, require
 from efficient_attn.layers.positions import rotate
@@ -83,9 +90,8 @@ class Reformer(Mixer):
         self.query = linear(site.width, replace(site, dtype=jnp.float32), rngs=rngs)
         self.value = linear(site.width, site, rngs=rngs)
         self.out = linear(site.width, site, rngs=rngs)
-        key = rngs.params()
-        self.key = Buffer(jax.random.key_data(key))
-        self.rotations = Buffer(self._draw(key, 0))
+        self.key = Buffer(jax.random.key_data(rngs.params()))
+        self.rotations = Buffer(self._draw(0))
 
     @classmethod
     def capabilities(cls, config):
@@ -169,25 +175,19 @@ class Reformer(Mixer):
 
         What is drawn depends on the key of construction and on step // redraw alone.
         """
-        if self.config.redraw == 0:
-            return
-        key = jax.random.wrap_key_data(self.key[...])
-        self.rotations[...] = jax.lax.cond(
-            step % self.config.redraw == 0,
-            lambda: self._draw(key, step // self.config.redraw),
-            lambda: self.rotations[...],
-        )
+        redraw(self.rotations, self._draw, step=step, every=self.config.redraw)
 
     @property
     def _eval_rounds(self) -> int:
         return self.config.eval_rounds or self.config.rounds
 
-    def _draw(self, key, count):
+    def _draw(self, count):
         """[R, H, D, directions]: for every round, head and part its own."""
         directions = sum(part // 2 for part in _parts(self.config, self.site))
         rounds = max(self.config.rounds, self._eval_rounds)
         shape = (rounds, self.site.heads, self.site.head_dim, directions)
-        return jax.random.normal(jax.random.fold_in(key, count), shape)
+        key = jax.random.fold_in(jax.random.wrap_key_data(self.key[...]), count)
+        return jax.random.normal(key, shape)
 
     def _project(self, x, positions):
         q, v = (

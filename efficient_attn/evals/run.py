@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -51,6 +51,50 @@ def evaluate_run(
         UserError: no such run, checkpoint or split; a checkpoint that cannot be read; an attention
             whose parameters are others.
     """
+    run = _open(path, split, step, attention, batch_size)
+    size = run.experiment.train.eval_batch_size
+    how = {"batch_size": size, "limit": limit}
+    outputs = predict(run.program, run.state, run.source, **how)
+    found = {
+        "split": split,
+        "step": run.step,
+        "attention": run.experiment.attention,
+        "examples": len(run.source) if limit is None else min(limit, len(run.source)),
+        **summarize(outputs, run.info),
+    }
+    if run.info.per_token:
+        found["tokens"] = len(outputs["label"])
+    else:
+        found["classes"] = report.per_class(outputs, run.info.labels)
+    name = f"{split}-{run.step}"
+    if attention is not None:
+        name += "-" + re.sub(r"[^\w()=,]", "", attention)
+    folder = Path(path) / "eval"
+    _draw(outputs, run.info, folder / f"{name}.png", title=_title(run.experiment, found))
+    if isinstance(run.source, Pairs):
+        file = folder / f"{name}.txt"
+        found |= bleu.evaluate(run.program, run.state, run.source, path=file, **how)
+    write_json(folder / f"{name}.json", found)
+    if export is not None:
+        names = run.info.labels or tuple(map(str, range(run.info.classes)))
+        report.export_predictions(outputs, names, Path(export))
+    return found
+
+
+class _Run(NamedTuple):
+    """A checkpoint of a run beside the data it is evaluated on."""
+
+    experiment: Experiment
+    info: data.Info
+    source: data.Source
+    program: Program
+    step: int
+    state: State
+
+
+def _open(
+    path: str | Path, split: str, step: str, attention: str | None, batch_size: int | None
+) -> _Run:
     workdir = Workdir(path)
     if not workdir.config.exists():
         raise UserError(f"{workdir.path} holds no run: it has no config.json")
@@ -60,39 +104,16 @@ def evaluate_run(
         raise unknown("split", split, dataset.splits)
     if len(dataset.splits[split]) == 0:
         raise UserError(f"the {split} split is empty")
-    size = experiment.train.eval_batch_size if batch_size is None else batch_size
-    info, source = dataset.info, dataset.splits[split]
-    program = build(experiment, dataset, eval_batch_size=size)
-    number, state = restore(workdir, program, step, score(info))
+    if batch_size is not None:
+        train = dataclasses.replace(experiment.train, eval_batch_size=batch_size)
+        experiment = dataclasses.replace(experiment, train=train)
+    program = build(experiment, dataset)
+    number, state = restore(workdir, program, step, score(dataset.info))
     if attention is not None:
         experiment = dataclasses.replace(experiment, attention=attention)
-        program = build(experiment, dataset, eval_batch_size=size)
+        program = build(experiment, dataset)
         state = transplant(state, program, attention)
-    outputs = predict(program, state, source, batch_size=size, limit=limit)
-    found = {
-        "split": split,
-        "step": number,
-        "attention": experiment.attention,
-        "examples": len(source) if limit is None else min(limit, len(source)),
-        **summarize(outputs, info),
-    }
-    if info.per_token:
-        found["tokens"] = len(outputs["label"])
-    else:
-        found["classes"] = report.per_class(outputs, info.labels)
-    name = f"{split}-{number}"
-    if attention is not None:
-        name += "-" + re.sub(r"[^\w()=,]", "", attention)
-    folder = workdir.path / "eval"
-    _draw(outputs, info, folder / f"{name}.png", title=_title(experiment, found))
-    if isinstance(source, Pairs):
-        path = folder / f"{name}.txt"
-        found |= bleu.evaluate(program, state, source, batch_size=size, limit=limit, path=path)
-    write_json(folder / f"{name}.json", found)
-    if export is not None:
-        names = info.labels or tuple(map(str, range(info.classes)))
-        report.export_predictions(outputs, names, Path(export))
-    return found
+    return _Run(experiment, dataset.info, dataset.splits[split], program, number, state)
 
 
 def restore(workdir: Workdir, program: Program, step: str, score: Score) -> tuple[int, State]:

@@ -75,16 +75,8 @@ def complete(experiment: Experiment) -> Experiment:
     return dataclasses.replace(experiment, model=model)
 
 
-def build(
-    experiment: Experiment,
-    dataset: Dataset,
-    *,
-    eval_batch_size: int | None = None,
-    devices: int | None = None,
-) -> Program:
+def build(experiment: Experiment, dataset: Dataset, *, devices: int | None = None) -> Program:
     """The program of an experiment on the first `devices` local devices, all by default.
-
-    eval_batch_size: instead of the experiment's own.
 
     Raises:
         UserError: whatever the backbone, the mechanism or its backend refuses; a batch that cannot
@@ -107,9 +99,6 @@ def build(
             rngs=rngs,
         )
 
-    if eval_batch_size is not None:
-        train = dataclasses.replace(experiment.train, eval_batch_size=eval_batch_size)
-        experiment = dataclasses.replace(experiment, train=train)
     program = compile_for(create, experiment, devices=devices)
     _try_out(program, experiment, dataset.splits["train"])
     return program

@@ -34,7 +34,7 @@ def stub():
     """Every run trains the stub."""
     built = {}
 
-    def build(config, dataset, *, eval_batch_size=None):
+    def build(config, dataset):
         key = repr(config)
         if key not in built:
             vocab = dataset.info.vocab
