@@ -7,7 +7,8 @@
     python train.py --config=configs/image.py:cifar10,paper --workdir=runs/lra
     python train.py --config=configs/image.py:cifar10,released --workdir=runs/lra
 
-PATH, with a slash in it, holds train/<class>/*, or MNIST's four IDX files. By default a vision
+PATH is a folder that exists, or begins with "/", "." or "~"; it holds train/<class>/*, or MNIST's
+four IDX files. Anything else is a set of TFDS, such as emnist/letters. By default a vision
 transformer reads patches; with `,pixels` a small encoder reads one grey pixel after the other.
 
 "paper" and "released" are Long Range Arena's Image task (arXiv 2011.04006, section 2.2.4), meant
@@ -20,6 +21,8 @@ Traps: the released code has another shape for each mechanism; its Transformer's
 values have width 64 where the model has 128 (here 128); it takes black pixels for padding, in the
 mechanisms that look at masks at all; its classifier has a hidden layer (here none).
 """
+
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -66,7 +69,7 @@ SETTINGS = {
 def get_config(argument: str = "mnist") -> ConfigDict:
     """NAME or PATH, then a setting, "patches" by default."""
     name, _, setting = argument.partition(",")
-    folder = "/" in name
+    folder = Path(name).is_dir() or name.startswith(("/", ".", "~"))
     config = base()
     config.data.name = "image_folder" if folder else "tfds"
     config.data.path = name if folder else ""

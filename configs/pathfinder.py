@@ -5,22 +5,25 @@
     python train.py --config=configs/pathfinder.py:32,released --workdir=runs/path
     python train.py --config=configs/pathfinder.py:128,released --workdir=runs/path_x
 
-Before the colon's comma the image size: 32 (Long Range Arena's Pathfinder), 64, 128 (its Path-X) or
-256. The images are drawn on first use: 200,000 take 45 minutes of one core at 32 x 32 and 6 hours
-(and 3.3 GB of memory and disk) at 128 x 128, on several cores at once.
+After the colon stands the image size, 32 (Long Range Arena's Pathfinder), 64, 128 (its Path-X) or
+256, and after a comma the setting. The images are drawn on first use: 200,000 take 45 minutes of
+one core at 32 x 32 and 6 hours (and 3.3 GB of memory and disk) at 128 x 128, on several cores at
+once.
 
 "small" has 40,000 images of shorter curves without distractors, for trying things out. "paper" is
-the model of the paper's appendix, which does not tell Path-X apart, "released" that of the code's
-Transformer; 200 epochs. They have not been run here: an accelerator is needed. Published (Table 1):
-Transformer 71.40 %, Local 66.63, Sparse Transformer 71.71, Longformer 69.71, Linformer 76.34,
-Reformer 68.50, Sinkhorn 67.45, Synthesizer 69.45, BigBird 74.87, Linear Transformer 75.30,
+the model of the paper's appendix, which does not tell the sizes apart, "released" that of the
+code's Transformer, another one for each size. Both have the code's batch and positions of the size
+and 200 epochs, 100 at 256. They have not been run here: an accelerator is needed. Published
+(Table 1): Transformer 71.40 %, Local 66.63, Sparse Transformer 71.71, Longformer 69.71, Linformer
+76.34, Reformer 68.50, Sinkhorn 67.45, Synthesizer 69.45, BigBird 74.87, Linear Transformer 75.30,
 Performer 77.05; on Path-X all of them fail (50 %).
 
 Traps: the released code has another shape for each mechanism (Linformer 1 layer and 2 heads, Linear
 Transformer 1 layer of width 128, Reformer 2 of width 64), and by its authors' word (issue 37) the
 Performer of the table had 1 layer of width 128 with 8 heads, not the 4 of its config; queries, keys
-and values have half the width there (here the whole); it takes black pixels for padding; its
-classifier has a hidden layer (here none). Of the images, see `efficient_attn/data/pathfinder.py`.
+and values have half the width there at 32 and 128 (here the whole, as at 64 and 256); it takes
+black pixels for padding; its classifier has a hidden layer (here none). Of the images, see
+`efficient_attn/data/pathfinder.py`.
 """
 
 import dataclasses
@@ -32,12 +35,24 @@ from efficient_attn.errors import unknown
 from efficient_attn.train import settings
 from efficient_attn.train.config import base
 
-EPOCHS, IMAGES = 200, 160_000
-LRA = {
-    "model": {"pool": "mean", "dropout": 0.2},
-    "optimizer": {"weight_decay": 0.0, "b2": 0.98, "clip": 0.0},
+IMAGES = 160_000
+SIZES = {
+    # batch, epochs, positions
+    "32": (512, 200, "sinusoidal"),
+    "64": (256, 200, "learned"),
+    "128": (64, 200, "learned"),
+    "256": (32, 100, "learned"),
 }
-TRANSFORMER = {"width": 32, "depth": 4, "heads": 4, "mlp_ratio": 1.0}
+RELEASED = {
+    "32": {"model": {"depth": 4, "heads": 4, "pool": "mean", "dropout": 0.2}},
+    "64": {"model": {"depth": 2, "heads": 4, "pool": "cls", "dropout": 0.1}},
+    "128": {
+        "model": {"depth": 1, "heads": 2, "pool": "mean", "dropout": 0.1},
+        "optimizer": {"clip": 1.0},
+    },
+    "256": {"model": {"depth": 2, "heads": 4, "pool": "cls", "dropout": 0.1}},
+}
+LRA = {"optimizer": {"weight_decay": 0.0, "b2": 0.98, "clip": 0.0}}
 SETTINGS = {
     "small": (
         {
@@ -56,17 +71,18 @@ SETTINGS = {
     "paper": (
         LRA,
         {
-            "model": {"width": 128, "depth": 4, "heads": 8, "mlp_ratio": 1.0},
+            "model": {
+                "width": 128, "depth": 4, "heads": 8, "mlp_ratio": 1.0,
+                "pool": "mean", "dropout": 0.2,
+            },
             "optimizer": {"learning_rate": 0.01},
         },
     ),
-    "released": (LRA, {"model": TRANSFORMER, "optimizer": {"learning_rate": 1e-3}}),
+    "released": (
+        LRA,
+        {"model": {"width": 32, "mlp_ratio": 1.0}, "optimizer": {"learning_rate": 1e-3}},
+    ),
 }  # fmt: skip
-PATH_X = {
-    "model": {"width": 32, "depth": 1, "heads": 2, "mlp_ratio": 1.0, "dropout": 0.1},
-    "optimizer": {"clip": 1.0},
-}
-"""What the released code has besides for 128 x 128: also learned positions and batches of 64."""
 
 
 def get_config(argument: str = "32") -> ConfigDict:
@@ -74,19 +90,18 @@ def get_config(argument: str = "32") -> ConfigDict:
     size, _, setting = argument.partition(",")
     if size not in PRESETS:
         raise unknown("size of configs/pathfinder.py", size, PRESETS)
-    setting, large = setting or "small", size in ("128", "256")
+    setting = setting or "small"
+    batch, epochs, positions = SIZES[size]
     config = base()
     config.data.name = "pathfinder"
     config.data.pathfinder = ConfigDict(dataclasses.asdict(PRESETS[size]))
     config.data.image.layout = "pixels"
-    config.data.batch_size = 64 if large else 512
-    config.model = ConfigDict(
-        {"name": "encoder", "positions": "learned" if large else "sinusoidal"}
-    )
-    epoch = IMAGES // config.data.batch_size
-    config.train.update({"steps": EPOCHS * epoch, "eval_every": epoch, "eval_batch_size": 64})
+    config.data.batch_size = batch
+    config.model = ConfigDict({"name": "encoder", "positions": positions})
+    epoch = IMAGES // batch
+    config.train.update({"steps": epochs * epoch, "eval_every": epoch, "eval_batch_size": 64})
     config.optimizer.warmup = epoch
     settings.apply(config, setting, SETTINGS, where="configs/pathfinder.py")
-    if large and setting == "released":
-        config.update(PATH_X)
+    if setting == "released":
+        config.update(RELEASED[size])
     return config

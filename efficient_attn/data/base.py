@@ -136,6 +136,7 @@ class Config:
     def __post_init__(self):
         at_least(self, 1, "batch_size")
         at_least(self, 0, "seed")
+        require(self.seed < 2**32, f"seed must be less than 2**32, not {self.seed}")
         require(0 <= self.validation < 1, f"validation must be in [0, 1), not {self.validation}")
         require(0 < self.test < 1, f"test must be in (0, 1), not {self.test}")
 

@@ -113,6 +113,7 @@ class Experiment:
 
     def __post_init__(self):
         at_least(self, 0, "seed")
+        require(self.seed < 2**32, f"seed must be less than 2**32, not {self.seed}")
         require("name" in self.model, "model needs a name: vit, encoder, ...")
         warmup, steps = self.optimizer.warmup, self.train.steps
         require(
