@@ -46,18 +46,23 @@ def classes(root: Path, *, wanted: Callable[[Path], bool], what: str) -> Listing
     """The files below `root` that are `wanted`, by class folder, in sorted order.
 
     Either root/train/<class>/... with test and validation beside train where there are any, or
-    root/<class>/... . Hidden files and the folder "unsup" are left out; a class folder may hold
+    root/<class>/... . What is hidden and the folder "unsup" are left out; a class folder may hold
     further folders.
 
     Raises:
-        UserError: no files, a class without any, or a test class that train lacks.
+        UserError: no files, a class without any, test without train, or a test class that train
+            lacks.
     """
     train = root / "train" if (root / "train").is_dir() else root
     folders = {"train": train}
-    if train != root:
-        for split in ("validation", "test"):
-            there = [root / name for name in SPLITS[split] if (root / name).is_dir()]
-            folders |= {split: there[0]} if there else {}
+    for split in ("validation", "test"):
+        there = [root / name for name in SPLITS[split] if (root / name).is_dir()]
+        if there and train == root:
+            raise UserError(
+                f"{root} has {there[0].name}/ but no train/: put the classes to train on in "
+                f"{root}/train/"
+            )
+        folders |= {split: there[0]} if there else {}
     files = {split: _by_class(folder, wanted) for split, folder in folders.items()}
     labels = tuple(files["train"])
     if not labels:
@@ -83,7 +88,12 @@ def classes(root: Path, *, wanted: Callable[[Path], bool], what: str) -> Listing
 def _by_class(folder: Path, wanted: Callable[[Path], bool]) -> dict[str, list[Path]]:
     found = {}
     for entry in sorted(folder.iterdir()):
-        if entry.is_dir() and not entry.name.startswith(".") and entry.name != UNLABELLED:
-            files = (p for p in entry.rglob("*") if p.is_file() and not p.name.startswith("."))
+        if entry.is_dir() and not hidden(entry, folder) and entry.name != UNLABELLED:
+            files = (p for p in entry.rglob("*") if p.is_file() and not hidden(p, folder))
             found[entry.name] = sorted(p for p in files if wanted(p))
     return found
+
+
+def hidden(path: Path, root: Path) -> bool:
+    """Whether the name of the path, or of a folder between it and `root`, begins with a dot."""
+    return any(part.startswith(".") for part in path.relative_to(root).parts)

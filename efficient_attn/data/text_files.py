@@ -6,12 +6,12 @@ from pathlib import Path
 from efficient_attn.data import language, texts
 from efficient_attn.data.base import Config, Dataset
 from efficient_attn.data.faults import Faults
-from efficient_attn.data.folders import SPLITS
+from efficient_attn.data.folders import SPLITS, hidden
 from efficient_attn.errors import UserError
 
 
 def load(config: Config) -> Dataset:
-    """The file `config.path`, or every .txt file below that folder, in sorted order.
+    """The file `config.path`, or the .txt files below that folder in sorted order, hidden ones aside.
 
     A folder brings splits of its own where files are named train.txt, valid.txt, test.txt or
     wiki.train.txt and so on, or stand in folders train, validation and test; other files are then
@@ -50,7 +50,7 @@ def _find(name: str) -> tuple[dict[str, list[Path]], int]:
         return {"train": [path]}, 0
     if not path.is_dir():
         raise UserError(f"data.path={name!r} is neither a file nor a folder")
-    files = [p for p in sorted(path.rglob("*.txt")) if p.is_file() and not p.name.startswith(".")]
+    files = [p for p in sorted(path.rglob("*.txt")) if p.is_file() and not hidden(p, path)]
     if not files:
         raise UserError(f"no .txt file in {path}: put text there, or name a file in data.path")
     found: dict[str, list[Path]] = {}

@@ -74,6 +74,7 @@ def test_a_vocabulary_is_built_from_train_alone(tmp_path):
 def test_a_folder_brings_its_own_splits(tmp_path, names):
     texts = ["to train", "to validate", "to test"]
     write(tmp_path, dict(zip(names, texts, strict=True)) | {"notes.txt": "not read"})
+    write(tmp_path, {"train/.ipynb_checkpoints/a.txt": "hidden"})
     loaded = load(tmp_path, tokenizer="bytes")
     assert [text_of(loaded, s) for s in ("train", "validation", "test")] == texts
     assert "test: the set's own" in loaded.info.about

@@ -35,6 +35,7 @@ def test_the_layout_of_aclimdb(tmp_path):
     write(tmp_path, {"train/unsup": 5})
     (tmp_path / "train" / "urls_pos.txt").write_text("beside the classes")
     (tmp_path / "train" / "pos" / ".hidden").write_text("hidden")
+    write(tmp_path, {"train/pos/.ipynb_checkpoints/deep": 3})
     loaded = load(tmp_path, text=Text(max_len=30))
     assert loaded.info.kind == "tokens" and loaded.info.shape == (30,)
     assert loaded.info.labels == ("neg", "pos") and loaded.info.vocab == 257
@@ -48,6 +49,13 @@ def test_the_layout_of_aclimdb(tmp_path):
             folder = "test" if split == "test" else "train"
             assert text.startswith(f"film {folder}/{loaded.info.labels[source[n]['label']]} ")
     assert len({text for source in loaded.splits.values() for text in texts(source)}) == 45
+
+
+@pytest.mark.parametrize("name", ["test", "val"])
+def test_splits_without_train_are_no_classes(tmp_path, name):
+    write(tmp_path, {f"{name}/a": 3, f"{name}/b": 3, "training/a": 3})
+    with pytest.raises(UserError, match=f"has {name}/ but no train/: put the classes to train on"):
+        load(tmp_path)
 
 
 def test_without_a_test_folder_test_comes_out_of_train_and_info_says_so(tmp_path):
