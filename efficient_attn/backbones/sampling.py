@@ -1,5 +1,6 @@
 """The next token out of its logits: greedy, by temperature, of the top k, of the nucleus."""
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -23,31 +24,20 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        require(self.temperature >= 0, f"temperature={self.temperature} must not be negative")
+        require(
+            0 <= self.temperature < math.inf,
+            f"temperature={self.temperature} must be finite and not negative",
+        )
         require(self.top_k is None or self.top_k > 0, f"top_k={self.top_k} must be positive")
         require(0 < self.top_p <= 1, f"top_p={self.top_p} is not in (0, 1]")
+        require(
+            self.temperature > 0 or self.top_k is None and self.top_p == 1,
+            f"top_k={self.top_k} and top_p={self.top_p} are for drawing, but temperature=0 takes "
+            "the most likely token; give a temperature",
+        )
 
 
 GREEDY = Sampling(temperature=0.0)
-
-
-def top_k(logits: Float[Array, "*shape V"], k: int) -> Float[Array, "*shape V"]:
-    """-inf for all but the k most likely tokens; of equals the lower ids stay."""
-    return jnp.where(_ranks(logits) < k, logits, -jnp.inf)
-
-
-def top_p(logits: Float[Array, "*shape V"], p: float) -> Float[Array, "*shape V"]:
-    """-inf outside the nucleus, the fewest most likely tokens with a probability of p or more.
-
-    (arXiv 1904.09751, equation 2.) Of equals the lower ids stay; the most likely always does.
-    """
-    if p >= 1:
-        return logits
-    ranks = _ranks(logits)
-    falling = jnp.sort(jax.nn.softmax(logits), axis=-1, descending=True)
-    before = jnp.cumsum(falling, axis=-1) - falling
-    kept = jnp.sum(before < p, axis=-1, keepdims=True)
-    return jnp.where(ranks < kept, logits, -jnp.inf)
 
 
 def choose(
@@ -58,18 +48,29 @@ def choose(
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     assert key is not None
-    return jax.random.categorical(key, narrow(logits, sampling)).astype(jnp.int32)
+    if sampling.top_k is None and sampling.top_p == 1:  # nothing to sort for
+        return jax.random.categorical(key, logits / sampling.temperature).astype(jnp.int32)
+    falling, order = narrow(logits, sampling)
+    index = jax.random.categorical(key, falling)[:, None]
+    return jnp.take_along_axis(order, index, axis=-1)[:, 0].astype(jnp.int32)
 
 
-def narrow(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """The logits that are sampled from: temperature, then top k, then top p."""
-    logits = logits / sampling.temperature
-    if sampling.top_k is not None:
-        logits = top_k(logits, sampling.top_k)
-    return top_p(logits, sampling.top_p)
+def narrow(
+    logits: Float[Array, "B V"], sampling: Sampling
+) -> tuple[Float[Array, "B V"], Int[Array, "B V"]]:
+    """What is drawn from: the logits, the greatest first, -inf for what is left out; the tokens.
 
-
-def _ranks(logits):
-    """How many tokens come before each, by falling logit."""
+    Of what the temperature makes of them the top k stay, and of these the nucleus: the fewest most
+    likely tokens with a probability of top_p or more (arXiv 1904.09751, equation 2). Of equals the
+    lower ids stay; the most likely always does.
+    """
     order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
-    return jnp.argsort(order, axis=-1)
+    falling = jnp.take_along_axis(logits, order, axis=-1) / sampling.temperature
+    if sampling.top_k is not None:
+        kept = jnp.arange(logits.shape[-1])[None] < sampling.top_k
+        falling = jnp.where(kept, falling, -jnp.inf)
+    if sampling.top_p < 1:
+        odds = jax.nn.softmax(falling)
+        before = jnp.cumsum(odds, axis=-1) - odds
+        falling = jnp.where(before < sampling.top_p, falling, -jnp.inf)
+    return falling, order
