@@ -64,11 +64,14 @@ def beam_search(
     state: before the first token, of B K rows. never: tokens that are not written, such as padding.
 
     Raises:
-        UserError: beam, max_len or alpha out of range.
+        UserError: beam, max_len or alpha out of range; an end that is never written.
     """
     for name, value in (("beam", beam), ("max_len", max_len)):
         require(value > 0, f"{name} must be positive, not {value}")
     require(alpha >= 0, f"alpha must not be negative, not {alpha}")
+    require(
+        end not in never, f"end={end} is among never={never}, so no text could end; leave it out"
+    )
     empty = jnp.zeros((batch, beam, max_len), jnp.int32)
     first = jnp.where(jnp.arange(beam) == 0, 0.0, -jnp.inf)
     begun = _Search(

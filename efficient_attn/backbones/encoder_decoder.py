@@ -172,9 +172,11 @@ class EncoderDecoder(Backbone):
         max_len: longest target with its end; by default, and at most, what the model was built for.
 
         Raises:
-            UserError: beam, alpha or max_len out of range.
+            UserError: start, end, beam, alpha or max_len out of range.
         """
-        longest = self.lengths[1]
+        longest, vocab = self.lengths[1], self._table("source").embedding.shape[0]
+        for name, token in (("start", start), ("end", end)):
+            require(0 < token < vocab, f"{name}={token} is not a token id from 1 to {vocab - 1}")
         max_len = longest if max_len is None else max_len
         require(max_len <= longest, f"max_len={max_len} exceeds the {longest} of the model")
         # A row's beams look at the same source, so their order does not matter to the memory.
@@ -185,7 +187,8 @@ class EncoderDecoder(Backbone):
 
         return beam_search(
             step, self.init_state(len(source) * beam), batch=len(source), beam=beam,
-            max_len=max_len, start=start, end=end, never=(0, start), alpha=alpha,
+            max_len=max_len, start=start, end=end, alpha=alpha,
+            never=(0,) if start == end else (0, start),
         )  # fmt: skip
 
     def _embed(self, side: Literal["source", "target"], tokens, rngs, positions=None):

@@ -168,6 +168,7 @@ def test_spread_puts_a_row_beside_itself():
         ({"beam": 0}, "beam must be positive, not 0"),
         ({"max_len": 0}, "max_len must be positive"),
         ({"alpha": -1.0}, "alpha must not be negative"),
+        ({"never": (0, END)}, r"end=1 is among never=\(0, 1\), so no text could end"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):

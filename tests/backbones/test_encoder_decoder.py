@@ -225,6 +225,9 @@ def test_longer_or_other_inputs_are_refused():
         model(inputs | {"target": jnp.ones((4, T + 1), jnp.int32)})
     with pytest.raises(UserError, match="max_len=7 exceeds the 6 of the model"):
         model.translate(inputs["source"], start=START, end=END, max_len=7)
+    for name, token in (("start", 0), ("end", 50), ("end", VOCAB)):
+        with pytest.raises(UserError, match=f"{name}={token} is not a token id from 1 to 6"):
+            model.translate(inputs["source"], **{"start": START, "end": END, name: token})
     with pytest.raises(UserError, match="reads translations, not tokens; use model.name='encoder'"):
         create(source=Input(kind="tokens", shape=(9,), classes=3, vocab=7))
 
@@ -273,6 +276,11 @@ def test_beam_search_is_exhaustive_when_it_may_be_and_greedy_with_one(expression
             c[[0, START]] = -np.inf
             written.append(END if len(written) == length - 1 else int(c.argmax()))
         assert greedy.tokens[row, 0, : len(written)].tolist() == written
+
+
+def test_one_token_may_begin_and_end_a_text():
+    found = made("softmax").translate(batch()["source"][:2], start=END, end=END, beam=2, max_len=3)
+    assert np.isfinite(found.scores).all() and (found.tokens == END).any(axis=-1).all()
 
 
 def test_logits_are_float32_under_bfloat16():
