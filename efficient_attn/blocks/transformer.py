@@ -58,6 +58,11 @@ class Shape:
         for name in ("dropout", "drop_path"):
             require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} is not in [0, 1)")
         require(
+            round(self.mlp_ratio * self.width) > 0,
+            f"mlp_ratio={self.mlp_ratio} of width={self.width} leaves the feed-forward layer no "
+            "hidden width; raise it",
+        )
+        require(
             self.residual == "add" or self.norm == "pre",
             f"residual='reversible' needs norm='pre', not {self.norm!r}: a norm after the sum "
             "cannot be undone",

@@ -145,6 +145,7 @@ def test_stochastic_depth_skips_whole_branches_of_an_example_more_often_with_dep
         ({"drop_path": 1.0}, r"drop_path=1.0 is not in \[0, 1\)"),
         ({"cross": Cross("lsra", SITE)}, "lsra does not support cross"),
         ({"mlp_ratio": 0.0}, "mlp_ratio=0.0 must be positive"),
+        ({"mlp_ratio": 0.01}, "mlp_ratio=0.01 of width=16 leaves .* no hidden width; raise it"),
     ],
     ids=str,
 )
