@@ -42,6 +42,6 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T E"], *, rngs: nnx.Rngs | None) -> Float[Array, "B T E"]:
         """Without `rngs` nothing is dropped."""
-        y = self.activation(self.gate(x)) * self.expand(x) if self.gated else None
-        y = self.activation(self.expand(x)) if y is None else y
+        y = self.expand(x)
+        y = self.activation(self.gate(x)) * y if self.gated else self.activation(y)
         return self.contract(self.dropout(y, deterministic=rngs is None, rngs=rngs))

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_attn.layers.positions import rotate, sinusoids, sinusoids_2d
+from efficient_attn.layers.positions import alibi_slopes, rotate, sinusoids, sinusoids_2d
 from tests import support
 
 
@@ -23,6 +23,13 @@ def test_two_dimensions_are_one_and_one():
     got = sinusoids_2d(3, 5, 16).reshape(3, 5, 16)
     np.testing.assert_array_equal(got[2, 4, :8], sinusoids(np.array(2), 8))
     np.testing.assert_array_equal(got[2, 4, 8:], sinusoids(np.array(4), 8))
+
+
+def test_slopes_are_those_of_the_released_code():
+    """Heads that are no power of 2: those of the power below, then half-steps in between."""
+    powers = {8: range(1, 9), 12: [*range(1, 9), 0.5, 1.5, 2.5, 3.5], 2: [4, 8]}
+    for heads, falls in powers.items():
+        np.testing.assert_allclose(alibi_slopes(heads), [2.0**-f for f in falls], rtol=1e-6)
 
 
 def logits(q, k, at_q, at_k):
