@@ -7,8 +7,9 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from efficient_attn.config import require
 from efficient_attn.data.base import Config, Text
-from efficient_attn.data.bpe import Bpe
+from efficient_attn.data.bpe import SMALLEST, Bpe
 
 WORD = re.compile(r"\w+|[^\w\s]")
 
@@ -34,10 +35,19 @@ def create(
     """The tokenizer `options.tokenizer`, built from these texts where it has to be.
 
     reserved: ids of `options.vocab` that the caller adds.
+
+    Raises:
+        UserError: `options.vocab` leaves no id for a token.
     """
-    vocab = options.vocab - reserved
     if options.tokenizer == "bytes":
         return Bytes()
+    least = reserved + (SMALLEST if options.tokenizer == "bpe" else Chars.UNKNOWN + 2)
+    require(
+        options.vocab >= least,
+        f"text.vocab={options.vocab} is too small for tokenizer={options.tokenizer!r} here: "
+        f"{least} at least",
+    )
+    vocab = options.vocab - reserved
     if options.tokenizer == "bpe":
         return Bpe.cached(texts, vocab=vocab, config=config)
     return (Words if options.tokenizer == "words" else Chars).build(texts, vocab=vocab)

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 
-from efficient_attn.data.tokenizers import Bytes, Chars, Words, matrix
+from efficient_attn.data import Config, Text
+from efficient_attn.data.tokenizers import Bytes, Chars, Words, create, matrix
+from efficient_attn.errors import UserError
 
 
 @pytest.mark.parametrize("text", ["plain", "naïve café", "日本", "\x00\n\t", "\ufeffmark"])
@@ -75,3 +77,18 @@ def test_ids_come_back_as_text():
     assert Bytes().decode([ord("a") + 1, 257]) == "a", "ids that are added stand for no text"
     words = Words.build(["a cat"], vocab=9)
     assert words.decode([2, 3, 1, 0]) == "a cat <unknown>"
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "reserved", "least"), [("chars", 2, 5), ("words", 0, 3), ("bpe", 1, 260)]
+)
+def test_a_vocabulary_without_room_for_a_token_is_refused(tmp_path, tokenizer, reserved, least):
+    def made(vocab):
+        options = Text(tokenizer=tokenizer, vocab=vocab)
+        return create(options, ["a b"], Config(cache=str(tmp_path)), reserved=reserved)
+
+    assert made(least).vocab == least - reserved
+    if least > 3:  # fewer than 3 are refused by `Text`
+        says = f"text.vocab={least - 1} is too small for tokenizer='{tokenizer}' here: {least} at"
+        with pytest.raises(UserError, match=says):
+            made(least - 1)
