@@ -32,14 +32,17 @@ class Faults:
             if self.reported:
                 warnings.warn(f"left out {sentence}", stacklevel=2)
 
-    def report(self, *, total: int) -> None:
-        """One warning with the number and the first names, if there were any."""
+    def report(self, *, total: int, what: str = "files") -> None:
+        """One warning with the number and the first names, if there were any.
+
+        what: of which there were `total`, those left out among them.
+        """
         self.reported = True
         if self.names:
             more = len(self.names) - NAMED
             rest = f", and {more} more" if more > 0 else ""
             named = "; ".join(sorted(self.names)[:NAMED])
             warnings.warn(
-                f"left out {len(self.names)} of {total} files that cannot be read: {named}{rest}",
+                f"left out {len(self.names)} of {total} {what} that cannot be read: {named}{rest}",
                 stacklevel=2,
             )

@@ -78,12 +78,13 @@ def load(config: Config) -> Dataset:
     """The pairs in `config.path`; `config.text` says how texts become tokens.
 
     Raises:
-        UserError: neither kind of files there, one of them missing or not as described, or too few
-            films.
+        UserError: neither kind of files there, one of them missing or not as described, a text not
+            in UTF-8 (see `config.on_error`), too few films, or `text.predict` asks for tokens.
     """
+    texts.need_labels(config)
     root, options = folders.existing(config.path), config.text
     if any(root.glob("*.train.tsv")):
-        found, about = {split: _table(root, name) for split, name in TABLES.items()}, "its own"
+        found, about = _tables(root, Faults(config.on_error)), "its own"
     elif (root / "train" / "urls_pos.txt").is_file():
         found, about = _films(root, config)
     else:
@@ -103,16 +104,27 @@ def load(config: Config) -> Dataset:
     return Dataset(info, splits)
 
 
-def _table(root: Path, name: str) -> Matched:
+def _tables(root: Path, faults: Faults) -> dict[str, Matched]:
+    found = {split: _table(root, name, faults) for split, name in TABLES.items()}
+    total = sum(len(table.pairs) for table in found.values()) + len(faults.names)
+    faults.report(total=total, what="pairs")
+    return found
+
+
+def _table(root: Path, name: str, faults: Faults) -> Matched:
     paths = sorted(root.glob(f"*.{name}.tsv"))
     if not paths:
         raise UserError(f"{root} has *.train.tsv, but no *.{name}.tsv beside it")
     numbers: dict[str, int] = {}
     kept: list[str] = []
     pairs, labels = [], []
-    with paths[0].open(encoding="utf-8", newline="\n") as file:
-        for at, line in enumerate(file, start=1):
-            fields = line.rstrip("\r\n").split("\t")
+    with paths[0].open("rb") as file:
+        for at, raw in enumerate(file, start=1):
+            try:
+                fields = raw.decode("utf-8-sig").rstrip("\r\n").split("\t")
+            except UnicodeDecodeError:
+                faults.add(f"{paths[0]} line {at}", "is not UTF-8")
+                continue
             if len(fields) != 5 or fields[0] not in ("0", "1", "0.0", "1.0"):
                 raise UserError(
                     f"{paths[0]}, line {at}: not label (0 or 1), id1, id2, text1, text2 with tabs "
@@ -125,7 +137,7 @@ def _table(root: Path, name: str) -> Matched:
             pairs.append([numbers[key] for key in fields[1:3]])
             labels.append(int(float(fields[0])))
     if not pairs:
-        raise UserError(f"{paths[0]} is empty")
+        raise UserError(f"{paths[0]} is empty: it holds no pair that can be read")
     return Matched(kept, np.array(pairs), np.array(labels))
 
 
@@ -142,12 +154,14 @@ def _films(root: Path, config: Config) -> tuple[dict[str, Matched], str]:
     ):
         if split not in reviews:
             reviews["train"], reviews[split] = _part(reviews["train"], fraction, seed=seed)
+    if not reviews["train"]:
+        raise UserError(f"{root} has no film left to train on: there are too few films")
     about = f"validation: {config.validation:.0%} of the films by seed {config.seed}; test: " + (
         "the set's own" if own else f"{config.test:.0%} of the films by a fixed seed"
     )
     partners, seeds = config.matching.partners, {"test": TEST_SEED}
     return {
-        split: pair(found, partners=partners, seed=seeds.get(split, config.seed))
+        split: pair(found, partners=partners, seed=seeds.get(split, config.seed), split=split)
         for split, found in reviews.items()
     }, about
 
@@ -156,12 +170,15 @@ def _reviews(folder: Path, faults: Faults) -> Iterator[Review]:
     """The reviews of a folder in sorted order, each text once."""
     seen: set[str] = set()
     for sentiment, name in enumerate(SENTIMENTS):
-        films = (folder / f"urls_{name}.txt").read_text(encoding="utf-8").split()
+        urls = folder / f"urls_{name}.txt"
+        if not urls.is_file():
+            raise UserError(f"{urls} is missing: line N names the film of review N in {name}/")
+        films = urls.read_text(encoding="utf-8").split()
         paths = sorted((folder / name).glob("*_*.txt"))
         for path in track(paths, total=len(paths), text=f"reading {folder.name} {name} reviews"):
             number = path.stem.partition("_")[0]
             if not number.isdigit() or int(number) >= len(films):
-                raise UserError(f"{path}: {folder}/urls_{name}.txt has no line {number}")
+                raise UserError(f"{path}: {urls} has no line {number}")
             text = texts.read(path, faults)
             if text is not None and text not in seen:
                 seen.add(text)
@@ -179,12 +196,16 @@ def _part(
     return kept, [review for review in reviews if review.film in held]
 
 
-def pair(reviews: list[Review], *, partners: int, seed: int) -> Matched:
+def pair(reviews: list[Review], *, partners: int, seed: int, split: str) -> Matched:
     """Pairs of one film, each followed by a pair of two films with the same sentiments.
+
+    split: what messages call the reviews; without any there are no pairs.
 
     Raises:
         UserError: no film has two reviews, or there are too few films to part them.
     """
+    if not reviews:
+        return Matched([], np.zeros((0, 2), int), np.zeros(0, int))
     random = np.random.RandomState(seed)
     film = np.unique([review.film for review in reviews], return_inverse=True)[1]
     sentiment = np.array([review.sentiment for review in reviews])
@@ -198,7 +219,9 @@ def pair(reviews: list[Review], *, partners: int, seed: int) -> Matched:
             at = np.arange(len(first))
             same.append(np.stack([first, members[(at + shift) % count]], axis=1))
     if not same:
-        raise UserError("matching: no two reviews of one film in a split: there are too few films")
+        raise UserError(
+            f"matching: no two reviews of one film in the {split} split: there are too few films"
+        )
     pairs = random.permutation(np.concatenate(same))
     other = pairs.copy()
     for kind in np.unique(group := sentiment[pairs] @ [2, 1]):
@@ -206,7 +229,9 @@ def pair(reviews: list[Review], *, partners: int, seed: int) -> Matched:
         other[rows, 1] = _deal(film, pairs[rows], random)
     apart = film[other[:, 0]] != film[other[:, 1]]
     if not apart.any():
-        raise UserError("matching: a split has too few films to pair reviews of different ones")
+        raise UserError(
+            f"matching: the {split} split has too few films to pair reviews of different ones"
+        )
     both = np.stack([pairs[apart], other[apart]], axis=1).reshape(-1, 2)
     return Matched([review.text for review in reviews], both, np.tile([1, 0], len(both) // 2))
 

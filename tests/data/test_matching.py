@@ -89,7 +89,7 @@ def test_neither_sentiment_nor_a_single_review_tells(tmp_path):
 def test_each_review_comes_first_with_so_many_others_of_its_film(partners, met):
     reviews = [Review(film, 0, f"{film}{i}") for film in "ab" for i in range(6)]
     reviews += [Review(f"alone {i}", 0, f"c{i}") for i in range(3)]
-    made = pair(reviews, partners=partners, seed=0)
+    made = pair(reviews, partners=partners, seed=0, split="train")
     same = made.pairs[made.labels == 1].tolist()
     assert len(same) == len({frozenset(row) for row in same}) == 2 * met
     if partners < 3:
@@ -126,6 +126,31 @@ def test_words_are_built_from_the_texts_of_train(tmp_path):
     assert 10 < loaded.info.vocab < 200
 
 
+def test_nothing_may_be_held_out_for_validation(tmp_path):
+    write(tmp_path)
+    splits = load(tmp_path, validation=0.0).splits
+    assert len(splits["validation"]) == 0 < len(splits["train"])
+    assert splits["validation"].gather(np.arange(0))["inputs"].shape == (0, 2, 60)
+
+
+@pytest.mark.parametrize("predict", ["next", "masked"])
+def test_tokens_are_not_told_of_pairs(tmp_path, predict):
+    write(tmp_path)
+    with pytest.raises(UserError, match=f"predict='{predict}' is for .*, not 'matching'"):
+        load(tmp_path, text=Text(predict=predict))
+
+
+def test_a_line_that_is_not_utf8_stops_or_is_left_out(tmp_path):
+    for split in ("train", "eval", "test"):
+        raw = ("\ufeff" + "".join(lines(split))).encode()
+        (tmp_path / f"x.{split}.tsv").write_bytes(raw.replace(b'"three" eval', b"\xff"))
+    with pytest.raises(UserError, match=r"x\.eval\.tsv line 2: is not UTF-8; mend it"):
+        load(tmp_path)
+    with pytest.warns(UserWarning, match="left out 1 of 9 pairs .*line 2: is not UTF-8"):
+        made = load(tmp_path, on_error="skip")
+    assert [len(made.splits[split]) for split in ("train", "validation", "test")] == [3, 2, 3]
+
+
 def lines(split):
     return [
         f"1.0\t{split}-1\t{split}-2\tone {split}\ttwo {split}\n",
@@ -157,6 +182,7 @@ def test_long_range_arenas_files(tmp_path):
         ({"x.train.tsv": ["1\ta\tb\tc\n"]}, r"x\.train\.tsv, line 1: not label"),
         ({"x.train.tsv": [*lines("a"), "2\ta\tb\tc\td\n"]}, "line 4: not label"),
         ({"x.train.tsv": []}, "is empty"),
+        ({"train/urls_pos.txt": ["f\n"]}, r"urls_neg\.txt is missing: line N names the film"),
         ({"train/urls_pos.txt": ["f\n"], "train/urls_neg.txt": []}, "there are too few films"),
         (
             {"train/urls_pos.txt": ["f\n"], "train/urls_neg.txt": [], "train/pos/7_1.txt": ["x"]},
@@ -168,7 +194,7 @@ def test_long_range_arenas_files(tmp_path):
                 "train/urls_neg.txt": [],
                 **{f"train/pos/{i}_1.txt": [f"x{i}"] for i in range(3)},
             },
-            "too few films",
+            "the train split has too few films",
         ),
     ],
 )
