@@ -78,9 +78,10 @@ def open_set(config: Config) -> Any:
         name = config.tfds.partition("/")[0].partition(":")[0]
         sets = tfds.list_builders(with_community_datasets=False)
         nearest = str(unknown("TFDS set", name, sets)).partition(" known:")[0].rstrip(";")
-        raise UserError(f"{nearest} (tfds.list_builders() lists all)") from None
+        folder = f"; nor is there a folder {config.tfds!r}" if "/" in config.tfds else ""
+        raise UserError(f"{nearest} (tfds.list_builders() lists all){folder}") from None
     except (ValueError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0].partition(" Here are")[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0].partition(" Here are")[0]
         raise UserError(f"TFDS set {config.tfds!r} cannot be opened: {reason}") from error
 
 
@@ -150,7 +151,7 @@ def _texts(
                 faults.add(f"{config.tfds} {split} example {number}", "is not UTF-8")
                 continue
             found[split].append((raw, int(example[label]) if label else 0))
-    faults.report(total=sum(map(len, records.values())))
+    faults.report(total=sum(map(len, records.values())), what="texts")
     return found
 
 

@@ -209,7 +209,7 @@ def test_texts_as_documents_of_a_language_model(sets):
 def test_a_text_that_is_not_utf8(sets):
     with pytest.raises(UserError, match=r"tiny_broken train example \d+: is not UTF-8"):
         load(sets, "tiny_broken")
-    with pytest.warns(UserWarning, match="left out 3 of 29"):
+    with pytest.warns(UserWarning, match="left out 3 of 29 texts"):
         loaded = load(sets, "tiny_broken", on_error="skip")
     assert sum(map(len, loaded.splits.values())) == 26
 
@@ -219,6 +219,7 @@ def test_a_text_that_is_not_utf8(sets):
     [
         ("", r"needs the set's name: --config\.data\.tfds=mnist"),
         ("mnits", "unknown TFDS set 'mnits'; did you mean 'mnist'"),
+        ("nmist/x", "mnist.*; nor is there a folder 'nmist/x'"),
         ("mnist/strange", "'mnist/strange' cannot be opened"),
         ("mnist:9.9.9", "'mnist:9.9.9' cannot be opened: .*only: "),
         ("tiny_numbers", "no classification of images or texts: it holds x .Scalar"),
@@ -228,6 +229,15 @@ def test_a_text_that_is_not_utf8(sets):
 def test_sets_that_cannot_be_used(sets, name, message):
     with pytest.raises(UserError, match=message):
         load(sets, name)
+
+
+def test_an_error_without_words_is_named(sets, monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(tfds, "builder", fail)
+    with pytest.raises(UserError, match="'mnist' cannot be opened: AssertionError"):
+        load(sets, "mnist")
 
 
 def test_a_set_that_is_not_prepared_is_told_with_the_command(tmp_path):
