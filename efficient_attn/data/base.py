@@ -16,7 +16,7 @@ PER_TOKEN = frozenset({"text", "masked", "translation"})
 
 @dataclass(frozen=True)
 class Text:
-    """Options of the sets that hold text (`text_folder`, `text_files`, `tfds`).
+    """Options of the sets that hold text (`text_folder`, `text_files`, `matching`, `tfds`).
 
     max_len: tokens of a row. Where labels are told, the rest of a text is cut off.
     tokenizer: "bytes"; or built from the train split: "chars", "words", or byte-level "bpe".
@@ -52,7 +52,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Image:
-    """Options of the sets that hold images (`digits`, `image_folder`, `tfds`).
+    """Options of the sets that hold images (`digits`, `image_folder`, `pathfinder`, `tfds`).
 
     layout: "image" gives floats in [0, 1]; "pixels" gives one token per pixel, its grey value
         (0..255) + 1, row by row. The 1 keeps black apart from padding: Long Range Arena feeds the
@@ -108,8 +108,9 @@ class Config:
     validation: fraction of train held out, unless the set brings a validation split (and in
         `listops`, which generates one).
     test: fraction of train held out where a set brings no test split; `digits` has its own.
-    seed: of the validation split and of what is generated (`listops`, `pathfinder`, `probes`); the
-        test split of other sets never depends on it.
+    seed: of the validation split, of what is generated (`listops`, `pathfinder`, `probes`) and of
+        which texts `matching` pairs in train and validation; the test split of sets that are not
+        generated never depends on it.
     on_error: what an unreadable image or a text that is not UTF-8 does: "raise" stops with its
         name, "skip" leaves it out, counts it and warns.
     cache: folder for what is generated or learned from the data; "" is $EFFICIENT_ATTN_CACHE, or
@@ -162,7 +163,8 @@ class Info:
     unit: what a text is measured in, "byte" or "character", where its tokens cover it exactly.
     units: how many units each token id stands for, [vocab]; None is one each.
     units_per_token: the mean over the train split, for the estimates in training.
-    tokenizer: between texts and ids, where there is one; `data.tokenizers.Tokenizer`.
+    tokenizer: between texts and ids, `data.tokenizers.Tokenizer`; None where the ids stand for no
+        text.
     end: the id that comes before and after each document of a text.
     """
 

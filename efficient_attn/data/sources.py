@@ -113,6 +113,11 @@ def _single(batch: Batch) -> dict[str, Any]:
     return {"inputs": batch["inputs"][0], "label": int(batch["label"][0])}
 
 
+def objects(rows: Sequence[Any], labels: Sequence[int]) -> Arrays:
+    """Texts, or pairs of texts, that stay as they are."""
+    return Arrays(np.array(rows, object), np.array(labels, np.int32), lambda same: same)
+
+
 def tokens(rows: np.ndarray) -> np.ndarray:
     """`finish` of token ids: int32."""
     return rows.astype(np.int32)

@@ -11,7 +11,9 @@ from efficient_attn.errors import UserError
 
 
 def load(config: Config) -> Dataset:
-    """The file `config.path`, or the .txt files below that folder in sorted order, hidden ones aside.
+    """The file `config.path`, or the .txt files below that folder, in sorted order.
+
+    Hidden files, and those in hidden folders, are left out.
 
     A folder brings splits of its own where files are named train.txt, valid.txt, test.txt or
     wiki.train.txt and so on, or stand in folders train, validation and test; other files are then

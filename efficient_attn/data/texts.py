@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from efficient_attn.data.base import Config, Dataset, Info
 from efficient_attn.data.faults import Faults
-from efficient_attn.data.sources import Arrays, complete, tokens
+from efficient_attn.data.sources import Arrays, complete, objects, tokens
 from efficient_attn.data.tokenizers import create, matrix
 from efficient_attn.errors import UserError
 
@@ -18,7 +16,10 @@ def dataset(found: dict[str, Labelled], config: Config, *, labels: tuple[str, ..
 
     A vocabulary is built from what is left of train once validation and test are out of it.
     """
-    raw = {split: _objects(examples) for split, examples in found.items()}
+    raw = {
+        split: objects([text for text, _ in examples], [label for _, label in examples])
+        for split, examples in found.items()
+    }
     if not len(raw["train"]):
         raise UserError("no text of the train split can be read")
     splits, about = complete(raw, config)
@@ -37,9 +38,12 @@ def dataset(found: dict[str, Labelled], config: Config, *, labels: tuple[str, ..
 
 
 def read(path: Path, faults: Faults) -> str | None:
-    """The text of a UTF-8 file; None where it cannot be read and `faults` lets that pass."""
+    """The text of a UTF-8 file, without a byte order mark.
+
+    None where it cannot be read and `faults` lets that pass.
+    """
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         faults.add(path, f"is not UTF-8 (byte {error.object[error.start]:#04x} at {error.start})")
     except OSError as error:
@@ -58,10 +62,3 @@ def need_labels(config: Config) -> None:
             f"data.text.predict={config.text.predict!r} is for data.name 'text_files' and 'tfds', "
             f"not {config.name!r}"
         )
-
-
-def _objects(examples: Labelled) -> Arrays:
-    inputs = np.empty(len(examples), object)
-    inputs[:] = [text for text, _ in examples]
-    labels = np.array([label for _, label in examples], np.int32)
-    return Arrays(inputs, labels, lambda rows: rows)

@@ -10,6 +10,7 @@ left of train once validation and test are out of it. Being of bytes it needs no
 a translation comes out as text, ready for BLEU.
 """
 
+import codecs
 import gzip
 import zlib
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from efficient_attn.data.base import Batch, Config, Dataset, Info
 from efficient_attn.data.bpe import Bpe
 from efficient_attn.data.faults import Faults
 from efficient_attn.data.progress import track
-from efficient_attn.data.sources import Arrays, Indices, complete
+from efficient_attn.data.sources import Indices, complete, objects
 from efficient_attn.errors import UserError
 
 CHUNK = 10_000  # texts that are encoded at once
@@ -64,6 +65,11 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.source.starts) - 1
 
+    @property
+    def too_long(self) -> np.ndarray:
+        """Which pairs are cut, [N]."""
+        return np.maximum(self.source.lengths, self.target.lengths) >= self.max_len
+
     def gather(self, indices: Indices) -> Batch:
         """The batch of these pairs; a text that is cut has no end."""
         shape = (len(indices), self.max_len)
@@ -88,7 +94,7 @@ def load(config: Config) -> Dataset:
     Files are named <split>.<language> or <split>.<language>.gz, a sentence a line: train.en beside
     train.de, then validation (or valid, val, dev) and test, which are held out of train where they
     are missing. Of train, pairs with an empty side are left out, and pairs longer than max_len are
-    left out or cut (`config.translation.too_long`); of the other splits none is left out.
+    left out or cut (`config.translation.too_long`); those of the other splits are cut.
 
     Raises:
         UserError: a file missing, two files of unequal length, a line not in UTF-8 (see
@@ -96,19 +102,23 @@ def load(config: Config) -> Dataset:
     """
     faults = Faults(config.on_error)
     found = _tfds(config, faults) if config.tfds else _files(config, faults)
-    faults.report(total=sum(map(len, found.values())))
+    faults.report(total=sum(map(len, found.values())) + len(faults.names), what="pairs")
     found["train"] = [pair for pair in found["train"] if all(map(str.strip, pair))]
     if not found["train"]:
         raise UserError("the train split holds no pair of sentences that can be read")
-    splits, about = complete({split: _objects(pairs) for split, pairs in found.items()}, config)
+    raw = {split: objects(pairs, [0] * len(pairs)) for split, pairs in found.items()}
+    splits, about = complete(raw, config)
     options = config.translation
     train = splits["train"].inputs
     tokenizer = Bpe.cached(train.T.ravel().tolist(), vocab=options.vocab, config=config)
     sources = {split: _encode(s.inputs, tokenizer, options.max_len) for split, s in splits.items()}
+    cut = {split: int(sources[split].too_long.sum()) for split in ("validation", "test")}
     sources["train"], said = _shortened(sources["train"], options.too_long)
     shape = (options.max_len, options.max_len)
+    said += f", {cut['validation']} validation and {cut['test']} test pairs cut"
     about = f"{options.source}-{options.target}; {said}; {about}"
-    return Dataset(Info("translation", shape, (), tokenizer.vocab, about), sources)
+    info = Info("translation", shape, (), tokenizer.vocab, about, tokenizer=tokenizer)
+    return Dataset(info, sources)
 
 
 def _fill(row: np.ndarray, ids: Sequence[int]) -> None:
@@ -116,14 +126,8 @@ def _fill(row: np.ndarray, ids: Sequence[int]) -> None:
     row[: len(kept)] = kept
 
 
-def _objects(pairs: Texts) -> Arrays:
-    inputs = np.empty((len(pairs), 2), object)
-    inputs[:] = pairs
-    return Arrays(inputs, np.zeros(len(pairs), np.int32), lambda rows: rows)
-
-
 def _encode(texts: np.ndarray, tokenizer: Bpe, max_len: int) -> Pairs:
-    sides = (_ragged(texts[:, side].tolist(), tokenizer) for side in (0, 1))
+    sides = (_ragged(texts.reshape(-1, 2)[:, side].tolist(), tokenizer) for side in (0, 1))
     return Pairs(*sides, tokenizer=tokenizer, max_len=max_len)
 
 
@@ -140,8 +144,7 @@ def _ragged(texts: list[str], tokenizer: Bpe) -> Ragged:
 
 def _shortened(pairs: Pairs, too_long: str) -> tuple[Pairs, str]:
     """Train as it is asked for, and how many pairs were too long."""
-    lengths = np.maximum(pairs.source.lengths, pairs.target.lengths) + 1
-    fits = lengths <= pairs.max_len
+    fits = ~pairs.too_long
     done = {"drop": "left out", "cut": "cut"}[too_long]
     said = f"{(~fits).sum()} of {len(fits)} training pairs longer than {pairs.max_len} were {done}"
     if too_long == "cut" or fits.all():
@@ -218,6 +221,7 @@ def _lines(path: Path) -> list[bytes]:
     try:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
+        raw = raw.removeprefix(codecs.BOM_UTF8)
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} cannot be read ({reason})") from error
@@ -236,6 +240,7 @@ def _decoded(
                 texts.append(raw.decode("utf-8"))
             except UnicodeDecodeError:
                 faults.add(name, "is not UTF-8")
+                break
         if len(texts) == 2:
             yield texts[0], texts[1]
 

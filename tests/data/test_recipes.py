@@ -8,6 +8,7 @@ from efficient_attn.data import Config
 from efficient_attn.errors import UserError
 from efficient_attn.train import config as configs
 
+
 def experiment(name, argument):
     module = importlib.import_module(f"configs.{name}")
     return configs.resolve(module.get_config(argument))

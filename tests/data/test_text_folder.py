@@ -51,6 +51,11 @@ def test_the_layout_of_aclimdb(tmp_path):
     assert len({text for source in loaded.splits.values() for text in texts(source)}) == 45
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    write(tmp_path, {"a": 3, "b": 3}, words="\ufefffilm")
+    assert {text[:5] for text in texts(load(tmp_path).splits["train"])} == {"film "}
+
+
 @pytest.mark.parametrize("name", ["test", "val"])
 def test_splits_without_train_are_no_classes(tmp_path, name):
     write(tmp_path, {f"{name}/a": 3, f"{name}/b": 3, "training/a": 3})

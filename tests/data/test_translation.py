@@ -55,6 +55,7 @@ def test_the_info_says_what_a_model_reads(made):
     assert (info.kind, info.shape, info.labels) == ("translation", (24, 24), ())
     assert info.classes == info.vocab == made.splits["train"].tokenizer.vocab
     assert info.per_token
+    assert info.tokenizer is made.splits["train"].tokenizer
     assert "en-de; 0 of 60 training pairs longer than 24 were left out" in info.about
 
 
@@ -109,6 +110,7 @@ def test_too_long_pairs_are_counted_and_left_out_or_cut_in_train_alone(tmp_path)
                 file.write("lang " * 30 + "\n" if language == "de" else "long\n")
     dropped = data.load(config(tmp_path))
     assert [len(dropped.splits[s]) for s in ("train", "validation")] == [60, 7]
+    assert "left out, 1 validation and 0 test pairs cut" in dropped.info.about
     assert "1 of 61 training pairs longer than 24 were left out" in dropped.info.about
     assert dropped.splits["train"].texts(59)[0] == f"{WORDS[5]} 59 train"
     assert dropped.splits["validation"].texts(6) == ("long", "lang " * 30)
@@ -142,6 +144,18 @@ def test_windows_line_ends_and_a_missing_last_one_are_no_text(tmp_path):
     assert made.splits["test"].texts(6) == ("a dog 6 test_2016", "ein Hund 6 test_2016")
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    write(tmp_path)
+    path = tmp_path / "test_2016.en"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert data.load(config(tmp_path)).splits["test"].texts(0)[0] == "a dog 0 test_2016"
+
+
+def test_a_test_split_may_be_empty(tmp_path):
+    write(tmp_path, COUNTS | {"test_2016": 0})
+    assert len(data.load(config(tmp_path)).splits["test"]) == 0
+
+
 def test_several_test_sets_want_a_choice(tmp_path):
     write(tmp_path, COUNTS | {"test_2017": 3})
     with pytest.raises(UserError, match=r"several test sets \(test_2016, test_2017\): choose"):
@@ -157,7 +171,7 @@ def test_a_line_that_is_not_utf8_stops_or_is_left_out_with_its_pair(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"Katzen 1 ", b"\xff 1 "))
     with pytest.raises(UserError, match=r"train.de line 2: is not UTF-8; mend it, or"):
         data.load(config(tmp_path))
-    with pytest.warns(UserWarning, match="left out 1 of 72 .*train.de line 2: is not UTF-8"):
+    with pytest.warns(UserWarning, match="left out 1 of 73 pairs .*train.de line 2: is not UTF-8"):
         made = data.load(config(tmp_path, on_error="skip"))
     assert made.splits["train"].texts(1) == (f"{WORDS[2]} 2 train", f"{WORTE[2]} 2 train")
 
