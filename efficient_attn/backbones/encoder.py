@@ -1,11 +1,10 @@
 """A transformer encoder that classifies sequences of tokens, or tells the hidden ones."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -22,9 +21,8 @@ from efficient_attn.backbones.base import (
 )
 from efficient_attn.blocks import Shape, Stack
 from efficient_attn.config import require
-from efficient_attn.layers.embed import TokenEmbed, score
+from efficient_attn.layers.embed import PositionEmbed, TokenEmbed, score
 from efficient_attn.layers.norm import NormType, make_norm
-from efficient_attn.layers.positions import sinusoids
 from kernels import Mask
 
 
@@ -35,12 +33,11 @@ class Reader(Backbone):
     class Config(Shape):
         """The stack, and:
         pool: "mean" over the tokens that are not padding, or "cls", a learned first token.
-        positions: added ("learned", "sinusoidal"), turned into queries and keys ("rotary") or
-        "none".
+        positions: added ("learned", "sinusoidal"), in the attention ("rotary", "alibi"), or "none".
         """
 
         pool: Pool = "mean"
-        positions: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"
+        positions: Literal["learned", "sinusoidal", "rotary", "alibi", "none"] = "learned"
 
     def __init__(self, config: Config, source: Input, build: Build, *, rngs: nnx.Rngs):
         assert source.vocab is not None
@@ -57,16 +54,15 @@ class Reader(Backbone):
         total = length + (config.pool == "cls")
         if config.pool == "cls":
             self.cls = cls_token(width, rngs)
-        if config.positions == "learned":
-            init = nnx.initializers.normal(0.02)
-            self.positions = nnx.Param(init(rngs.params(), (total, width)))
+        turned: Any = config.positions if config.positions in ("rotary", "alibi") else "none"
+        added: Any = config.positions if turned == "none" else "none"
+        self.place = PositionEmbed(total, width, kind=added, dtype=build.dtype, rngs=rngs)
         self.dropout = nnx.Dropout(config.dropout)
         site = Site(
-            width=width, heads=config.heads, seq=total,
-            positions="rotary" if config.positions == "rotary" else "none",
-            dtype=build.dtype, backend=build.backend,
+            width=width, heads=config.heads, seq=total, positions=turned, dtype=build.dtype,
+            backend=build.backend,
         )  # fmt: skip
-        needs = {"padding", "bidirectional"}
+        needs = {"padding", "bidirectional"} | ({"alibi"} if turned == "alibi" else set())
         self.stack = Stack(build.attention, config, site, needs=needs, rngs=rngs)
 
     def read(
@@ -85,16 +81,9 @@ class Reader(Backbone):
         if self.config.pool == "cls":
             x = prepend(self.cls, x)
             valid = jnp.pad(valid, [(0, 0), (1, 0)], constant_values=True)
-        x = self.dropout(self._place(x), deterministic=rngs is None, rngs=rngs)
+        x = x + self.place(jnp.arange(x.shape[1])[None])
+        x = self.dropout(x, deterministic=rngs is None, rngs=rngs)
         return self.stack(x, mask=Mask(keys=valid), rngs=rngs), valid
-
-    def _place(self, x):
-        length, width = x.shape[1:]
-        if self.config.positions == "learned":
-            return x + self.positions[...][None, :length].astype(x.dtype)
-        if self.config.positions == "sinusoidal":
-            return x + jnp.asarray(sinusoids(np.arange(length), width), x.dtype)[None]
-        return x
 
 
 class Encoder(Reader):
@@ -103,13 +92,13 @@ class Encoder(Reader):
 
     def __init__(self, config: Reader.Config, source: Input, build: Build, *, rngs: nnx.Rngs):
         refuse_kind("encoder", ("tokens", "masked"), source)
-        masked = source.kind == "masked"
+        self.masked = source.kind == "masked"
         require(
-            not masked or config.pool == "mean",
+            not self.masked or config.pool == "mean",
             f"pool={config.pool!r} is for classification, but here tokens are masked; leave it out",
         )
         super().__init__(config, source, build, rngs=rngs)
-        if masked:
+        if self.masked:
             assert source.vocab is not None
             self.head = MaskedHead(
                 config.width, source.vocab,
@@ -127,7 +116,7 @@ class Encoder(Reader):
             ValueError: more tokens than the model was built for.
         """
         x, valid = self.read(tokens, rngs=rngs)
-        if isinstance(self.embed, TokenEmbed):
+        if self.masked:
             return self.head(x, self.embed.embedding[...])
         return self.classifier(x, valid)
 

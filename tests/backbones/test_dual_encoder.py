@@ -42,11 +42,9 @@ def test_it_is_its_formula_on_two_towers_of_the_same_weights(interaction, pool):
 def test_the_towers_are_an_encoder_and_hold_its_weights_once():
     """The encoder of the same seed has the same embedding, positions and blocks."""
     dual, single = model("dual_encoder", "softmax"), model("encoder", "softmax")
-    for name in ("embed", "positions", "stack"):
-        ours, theirs = (
-            jax.tree.leaves(nnx.state(getattr(made, name)) if name != "positions"
-                            else made.positions[...]) for made in (dual, single)
-        )  # fmt: skip
+    for name in ("embed", "place", "stack"):
+        ours, theirs = (jax.tree.leaves(nnx.state(getattr(made, name))) for made in (dual, single))
+        assert ours
         for x, y in zip(ours, theirs, strict=True):
             np.testing.assert_array_equal(x, y)
 

@@ -62,7 +62,7 @@ def test_a_text_of_nothing_but_padding_gives_numbers(pool):
     assert np.isfinite(logits(made, jnp.zeros((2, 24), jnp.int32))).all()
 
 
-@pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary", "none"])
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary", "alibi", "none"])
 def test_the_order_of_words_matters_where_there_are_positions(positions):
     made = model("encoder", "softmax", positions=positions)
     tokens = np.tile(np.arange(1, 9, dtype=np.int32), (1, 3))
@@ -79,6 +79,7 @@ def test_the_order_of_words_matters_where_there_are_positions(positions):
         ({"heads": 3}, "heads=3 does not divide width=16"),
         ({"heads": 16, "positions": "rotary"}, "rotary positions need an even head width, not 1"),
         ({"heads": 16, "attention": "lsra"}, "heads=16 does not divide half of width=16"),
+        ({"attention": "performer", "positions": "alibi"}, "performer does not support alibi"),
         ({"attention": "softmax(kv_heads=3)"}, "kv_heads=3 does not divide heads=2"),
         ({"dropout": 1.0}, r"dropout=1.0 is not in \[0, 1\)"),
         ({"depth": 0}, "depth=0 must be positive"),
