@@ -121,27 +121,13 @@ class EncoderDecoder(Backbone):
         return self.encoder(self._embed("source", source, rngs), mask=mask, rngs=rngs), mask
 
     def init_cross(self, source: Int[Array, "B S"]) -> Memory:
-        """The source as `prefill` and `step` look at it, made once."""
+        """The source as `step` looks at it, made once."""
         context, _ = self.encode(source)
         return Memory(self.decoder.init_cross(context), source != 0)
 
     def init_state(self, batch: int) -> tuple[Any, ...]:
         """What decoding carries from token to token, before the first."""
         return self.decoder.init_state(batch, self.dtype)
-
-    def prefill(
-        self,
-        tokens: Int[Array, "B T"],
-        state: tuple[Any, ...],
-        *,
-        keys: Bool[Array, "B T"],
-        memory: Memory,
-    ) -> tuple[Float[Array, "B T V"], tuple[Any, ...]]:
-        """Logits after each of the first target tokens, of which `keys` shows a beginning."""
-        x = self._embed("target", tokens, None)
-        seen = {"memory": memory.blocks, "context_mask": Mask(keys=memory.keys)}
-        x, state = self.decoder.prefill(x, state, keys=keys, **seen)
-        return self._score(x), state
 
     def step(
         self,

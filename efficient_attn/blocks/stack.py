@@ -1,8 +1,8 @@
 """A stack of transformer blocks, each with the mixer that the attention expression names."""
 
-import functools
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -81,7 +81,7 @@ class Stack(nnx.Module):
             graph, state = nnx.split(block)
             layers.append(
                 [
-                    functools.partial(_branch, name, graph, shared_graph, len(layers))
+                    partial(_branch, name, graph, shared_graph, len(layers))
                     for name in block.branches
                 ]
             )
@@ -93,21 +93,17 @@ class Stack(nnx.Module):
         return tuple(block.mixer.init_state(batch, dtype) for block in self.blocks)
 
     def init_cross(self, context: Float[Array, "B S E"]) -> tuple[Any, ...]:
-        """What each block keeps of the context, for `prefill` and `step`."""
+        """What each block keeps of the context, for `step`."""
         return tuple(block.cross.init_cross(context) for block in self.blocks)
 
     def prefill(
-        self,
-        x: Float[Array, "B T E"],
-        state: tuple[Any, ...],
-        *,
-        keys: Bool[Array, "B T"],
-        memory: tuple[Any, ...] | None = None,
-        context_mask: Mask | None = None,
+        self, x: Float[Array, "B T E"], state: tuple[Any, ...], *, keys: Bool[Array, "B T"]
     ) -> tuple[Float[Array, "B T E"], tuple[Any, ...]]:
-        """Prompts from position 0 on at once; `keys` is True on a beginning of each row."""
-        step = functools.partial(Block.prefill, keys=keys)
-        return self._decode(step, x, state, memory, context_mask)
+        """Prompts from position 0 on at once; `keys` is True on a beginning of each row.
+
+        For a stack without `cross`.
+        """
+        return self._decode([partial(block.prefill, keys=keys) for block in self.blocks], x, state)
 
     def step(
         self,
@@ -119,14 +115,19 @@ class Stack(nnx.Module):
         context_mask: Mask | None = None,
     ) -> tuple[Float[Array, "B 1 E"], tuple[Any, ...]]:
         """One token at `position` (from 0), equal to that row of the causal forward pass."""
-        step = functools.partial(Block.step, position=position)
-        return self._decode(step, x, state, memory, context_mask)
+        steps = [
+            partial(
+                block.step, position=position, memory=memory and memory[i],
+                context_mask=context_mask,
+            )
+            for i, block in enumerate(self.blocks)
+        ]  # fmt: skip
+        return self._decode(steps, x, state)
 
-    def _decode(self, step, x, state, memory, context_mask):
+    def _decode(self, steps, x, state):
         stream, after = open_stream(x, self.shape), []
-        for i, (block, before) in enumerate(zip(self.blocks, state, strict=True)):
-            seen = {"memory": memory and memory[i], "context_mask": context_mask}
-            stream, now = step(block, stream, before, shared=self.shared, **seen)
+        for step, before in zip(steps, state, strict=True):
+            stream, now = step(stream, before, shared=self.shared)
             after.append(now)
         return self._close(stream, x.dtype), tuple(after)
 

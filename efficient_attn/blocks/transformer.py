@@ -170,10 +170,10 @@ class Block(nnx.Module):
         x = x + added
         return x if self.shape.norm == "pre" else getattr(self, f"{name}_norm")(x)
 
-    def prefill(self, x: Stream, state, *, keys, memory=None, context_mask=None, shared):
+    def prefill(self, x: Stream, state, *, keys, shared):
         """`keys` [B,T] shows the tokens of each prompt; returns the stream and the state."""
         y, state = self.mixer.prefill(self.normed("mixer", self.read(x)), state, keys=keys)
-        return self._finish(self.write("mixer", x, y), memory, context_mask, shared), state
+        return self._finish(self.write("mixer", x, y), None, None, shared), state
 
     def step(self, x: Stream, state, *, position, memory=None, context_mask=None, shared):
         """One token of each row at `position` [B]; returns the stream and the state."""

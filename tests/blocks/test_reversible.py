@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from efficient_attn.blocks import Cross, Shape, Stack, reversible
+from efficient_attn.blocks import Block, Cross, Shape, Stack, reversible
 from kernels import Mask
 from tests import support
 from tests.blocks.test_stack import SITE, SMALL, create, jitted
@@ -77,7 +77,7 @@ def test_it_is_the_reversible_block_of_the_paper():
     np.testing.assert_allclose(jitted(stack, x, mask=Mask()), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_halves_stay_float32_under_bfloat16():
+def test_the_halves_stay_float32_under_bfloat16(monkeypatch):
     """Taking away what was added is exact to float32, so the gradient is that of plain bfloat16."""
     seen = []
 
@@ -85,11 +85,19 @@ def test_the_halves_stay_float32_under_bfloat16():
         seen.append(x.dtype)
         return (x * weights).astype(jnp.bfloat16)
 
+    whole = Block.branch
+
+    def watched(self, name, x, **given):
+        seen.append(x.dtype)
+        return whole(self, name, x, **given)
+
+    monkeypatch.setattr(Block, "branch", watched)
     shape = Shape(**SMALL, residual="reversible")
     half = replace(SITE, dtype=jnp.bfloat16)
     stack = Stack("softmax", shape, half, needs=(), rngs=nnx.Rngs(0))
     x = jnp.ones((1, 9, 16), jnp.bfloat16)
     assert jax.eval_shape(lambda x: stack(x, mask=Mask(), rngs=None), x).dtype == jnp.bfloat16
+    assert len(seen) >= 2 * SMALL["depth"]
     half = jnp.ones((1, 2, 3))
     out = jax.grad(lambda w: reversible.run([[branch, branch]], [w], (), half, half)[1].sum())
     assert np.isfinite(out(jnp.float32(0.3)))
