@@ -1,6 +1,7 @@
 """Frozen dataclasses from plain mappings, built strictly: no key is dropped, no type is guessed."""
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -47,6 +48,8 @@ def _coerce(value: Any, hint: Any, *, where: str) -> Any:
     wrong_bool = isinstance(value, bool) and bool not in members and not _literal(hint, value)
     if wrong_bool or not is_bearable(value, hint):  # type: ignore[arg-type]
         raise UserError(f"{where} must be {describe(hint)}, not {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} must be a finite number, not {value!r}")
     return value
 
 
@@ -72,6 +75,13 @@ def at_least(options: Any, least: int, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
         require(value >= least, f"{name} must be at least {least}, not {value}")
+
+
+def positive_or_none(options: Any, *names: str) -> None:
+    """Raise UserError unless each of these fields of a dataclass is None or above 0."""
+    for name in names:
+        value = getattr(options, name)
+        require(value is None or value > 0, f"{name}={value} must be positive")
 
 
 def require(condition: bool, message: str) -> None:

@@ -10,6 +10,9 @@ from efficient_attn.attention.base import Choice, Mechanism
 from efficient_attn.config import build
 from efficient_attn.errors import UserError, unknown
 
+LAYERS = 10_000
+"""A pattern has no more."""
+
 
 def parse(text: str, table: Mapping[str, type[Mechanism]]) -> tuple[Choice, ...]:
     """The pattern of layers that `text` names; a single mechanism is a pattern of one.
@@ -18,12 +21,15 @@ def parse(text: str, table: Mapping[str, type[Mechanism]]) -> tuple[Choice, ...]
         UserError: bad syntax, an unknown mechanism or option, a value of the wrong type or range.
     """
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
+        return _pattern(ast.parse(text.strip(), mode="eval").body, text, table)
     except SyntaxError as error:
         raise UserError(
             f"cannot read the attention {text!r}: {error.msg}; write name(option=value), a*2 + b"
         ) from None
-    return _pattern(tree, text, table)
+    except (RecursionError, MemoryError):  # what Python's parser says of deep nesting
+        raise UserError(
+            f"an attention of {len(text)} signs, {text[:20]!r}..., is too deep; write a*2 for a + a"
+        ) from None
 
 
 def tile(pattern: tuple[Choice, ...], depth: int) -> tuple[Choice, ...]:
@@ -49,7 +55,12 @@ def _pattern(node: ast.expr, text: str, table) -> tuple[Choice, ...]:
             raise UserError(
                 f"in the attention {text!r}, `*` takes a mechanism and a positive number"
             )
-        return _pattern(layers, text, table) * times.value
+        layers = _pattern(layers, text, table)
+        if len(layers) * times.value > LAYERS:
+            raise UserError(
+                f"in the attention {text!r}, `*` makes more than {LAYERS} layers; write fewer"
+            )
+        return layers * times.value
     return (_choice(node, text, table),)
 
 
@@ -80,5 +91,5 @@ def _choice(node: ast.expr, text: str, table) -> Choice:
 def _value(node: ast.expr, text: str, table):
     try:
         return ast.literal_eval(node)
-    except ValueError:
+    except (ValueError, TypeError):
         return _choice(node, text, table)

@@ -77,6 +77,13 @@ def test_the_label_means_what_the_text_means(text):
         ("linformer(rank=-8)", "rank=-8 must be positive"),
         ("softmax(kv_heads=1, kv_heads=2)", "kv_heads twice"),
         ("softmax\x00", "cannot read"),
+        ("softmax*10000000000000", "makes more than 10000 layers"),
+        ("(softmax*5000)*5000", "makes more than 10000 layers"),
+        ("linformer(rank={[]})", "names no mechanism"),
+        ("linformer(rank=" + "-" * 5000 + "1)", "an attention of 5017 signs.* is too deep"),
+        ("softmax" + "+softmax" * 5000, "is too deep; write"),
+        ("softmax(logit_cap=1e999)", "softmax.logit_cap must be a finite number, not inf"),
+        ("performer(epsilon=1e999)", "performer.epsilon must be a finite number, not inf"),
     ],
 )
 def test_a_mistake_gets_one_sentence(text, message):
