@@ -57,7 +57,8 @@ class Nystrom(Core):
         if config.kernel is not None:
             bound = config.kernel**-0.5
             shape = (site.heads, config.kernel)
-            self.kernel = nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-bound) * bound)
+            draw = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
+            self.kernel = nnx.Param(draw)
 
     @classmethod
     def cost(cls, config, site, length):

@@ -126,3 +126,11 @@ def test_the_work_grows_with_the_length():
 def test_a_mistake_is_refused(options, message):
     with pytest.raises(UserError, match=message):
         core(**options)
+
+
+def test_the_taps_are_drawn_evenly_on_both_sides_of_zero():
+    site = support.site(width=512, heads=64)
+    taps = Nystrom(Nystrom.Config(kernel=33), site, rngs=nnx.Rngs(0), shared={}).kernel[...]
+    bound = 33**-0.5
+    np.testing.assert_allclose([taps.min(), taps.max()], [-bound, bound], rtol=0.01)
+    assert abs(taps.mean()) < 0.05 * bound  # the mean's own deviation is 0.013 of it
