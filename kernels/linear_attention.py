@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kernels.dispatch import Backend, choose
 from kernels.mask import Mask
@@ -56,10 +56,11 @@ def linear_attention(
 
     features: phi, of queries and keys at their positions 0, 1, ...; None takes q and k as they are.
 
-    By a scan over chunks: of `chunk` keys where the mask is causal or has segments, T (chunk (R +
-    Dv) + 2 R Dv) multiply-adds a head with no prefix sum per position; else of 4 chunk, T 2 R Dv.
-    Memory is linear in T. Sums run in float32; the result has v's dtype. A row whose normaliser is
-    below `LEAST` (it sees no key, or shares no live feature with any) gives 0.
+    By a scan over chunks: of up to `chunk` keys where the mask is causal or has segments, T (chunk
+    (R + Dv) + 2 R Dv) multiply-adds a head with no prefix sum per position, twice that with
+    segments and no causal mask; else of up to 4 chunk, T 2 R Dv. Memory is linear in T. Sums are
+    held in float32 (for their precision see `kernels.recurrence`); the result has v's dtype. A row
+    whose normaliser is below `LEAST` (it sees no key, or shares no live feature with any) gives 0.
 
     Raises:
         ValueError: the mask does not fit.
@@ -119,11 +120,16 @@ def linear_attention_step(
     tokens = _tokens(k, v, log_scale, Mask())
     q, (k, values, scale) = q.astype(jnp.float32), _keys(tokens, _given)
     new = jnp.maximum(state.top, scale[:, 0])
-    kept, entering = jnp.exp(state.top - new), jnp.exp(scale[:, 0] - new)
+    kept, entering = (jnp.exp(x - _finite(new)) for x in (state.top, scale[:, 0]))
     memory = kept[..., None, None] * state.memory
     memory += jnp.einsum("bhr,bhd->bhrd", k[:, 0] * entering[..., None], values[:, 0])
     out = jnp.einsum("bthr,bhrd->bthd", q, memory)
     return _divide(out).astype(v.dtype), LinearState(memory, new)
+
+
+def even(length: int, chunk: int) -> int:
+    """Tokens of each chunk where as few as can be, of up to `chunk`, are all of one size."""
+    return -(-length // -(-length // chunk))
 
 
 def _xla(q, k, v, *, features: FeatureMap, log_scale, mask: Mask, chunk: int):
@@ -153,7 +159,7 @@ class _Tokens(NamedTuple):
     k: Float[Array, "B S H D"]
     v: Float[Array, "B S H Dv"]
     scale: Float[Array, "B S H"]
-    seen: Float[Array, "B S"]
+    seen: Bool[Array, "B S"]
     at: Int[Array, "B S"]
 
 
@@ -197,7 +203,7 @@ def _divide(sums):
     inside float32's range.
     """
     size = jax.lax.stop_gradient(jnp.abs(sums[..., -1:]))
-    alive = size > LEAST
+    alive = ~(size <= LEAST)  # NaN stays NaN
     sums = jnp.where(alive, sums, 0.0) / jnp.where(alive, size, 1.0)
     return sums[..., :-1] / jnp.where(alive, sums[..., -1:], 1.0)
 
@@ -220,8 +226,8 @@ def _two_sided(q, tokens: _Tokens, features: FeatureMap, chunk: int):
         return (), jnp.einsum("bthr,bhrd->bthd", features(*tokens)[0], state.memory)
 
     state = _empty(q, tokens, features)
-    _, state = scan_chunks(absorb, state, tokens, None, chunk=min(chunk, tokens.k.shape[1]))
-    sums, _ = scan_chunks(read, (), (q, _positions(q)), None, chunk=min(chunk, q.shape[1]))
+    _, state = scan_chunks(absorb, state, tokens, None, chunk=even(tokens.k.shape[1], chunk))
+    sums, _ = scan_chunks(read, (), (q, _positions(q)), None, chunk=even(q.shape[1], chunk))
     return _divide(sums)
 
 
@@ -235,7 +241,7 @@ def _scan(
     """
     state = _empty(q, tokens, features) if state is None else state
     body = functools.partial(_chunk, features=features, strict=strict)
-    return scan_chunks(body, state, (q, tokens), segments, chunk=min(chunk, q.shape[1]))
+    return scan_chunks(body, state, (q, tokens), segments, chunk=even(q.shape[1], chunk))
 
 
 def _chunk(state: LinearState, tokens, reach: Reach, *, features: FeatureMap, strict: bool):

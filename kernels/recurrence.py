@@ -2,7 +2,9 @@
 
 Inside a chunk every token reads every earlier one at once; between chunks only the state passes.
 Decays enter as sums of logarithms over the tokens in between, each at most 0, never as differences
-of long sums: nothing overflows, and what fades a lot costs what fades little no precision.
+of long sums: nothing overflows, and what fades a lot costs what fades little no precision. Sums are
+held in float32, and made by matrix products of JAX's default precision: float32's own on a CPU,
+TF32 or bfloat16 on an accelerator unless `jax.default_matmul_precision` asks for more.
 """
 
 from collections.abc import Callable

@@ -13,6 +13,7 @@ from kernels import (
     linear_attention_init,
     linear_attention_step,
 )
+from kernels.linear_attention import even
 
 CHUNK = 128
 
@@ -36,11 +37,17 @@ class Kernelised(Core):
         """phi(x) = features exp(log_scale) of queries or keys that stand at `positions`."""
         raise NotImplementedError
 
+    @staticmethod
+    def tokens(length: int) -> int:
+        """How many the scan over chunks that is not causal runs over, the last one filled."""
+        chunk = even(length, 4 * CHUNK)
+        return -(-length // chunk) * chunk
+
     @classmethod
     def cost(cls, config, site, length):
         """T R (D + 1) multiply-adds a head, twice; decoding holds as much for any T."""
         rows = cls.count(config, site)
-        attend = 2 * length * rows * (site.head_dim + 1) * site.heads
+        attend = 2 * cls.tokens(length) * rows * (site.head_dim + 1) * site.heads
         return Cost(attend, 4 * site.heads * (rows * (site.head_dim + 1) + 1))
 
     def __call__(self, q, k, v, *, mask: Mask, shared: Mapping[str, Any]):

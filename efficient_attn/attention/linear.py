@@ -78,8 +78,8 @@ class Linear(Kernelised):
     @classmethod
     def cost(cls, config, site, length):
         """`Kernelised.cost`, and what makes the features."""
-        each = {"taylor": site.head_dim, "hedgehog": site.head_dim, "t2r": site.head_dim}
-        made = 2 * length * site.width * each.get(config.feature_map, 0)
+        each = site.head_dim if config.feature_map in ("taylor", "hedgehog", "t2r") else 0
+        made = 2 * cls.tokens(length) * site.width * each
         attend = super().cost(config, site, length)
         return attend._replace(multiply_adds=attend.multiply_adds + made)
 

@@ -10,7 +10,7 @@ from efficient_attn.attention.base import Buffer, redraw
 from efficient_attn.attention.diagnostics import Diagnostic, estimate_quality
 from efficient_attn.attention.features import FeatureMap, draw_projection, feature_map
 from efficient_attn.attention.kernelised import Kernelised
-from efficient_attn.config import require
+from efficient_attn.config import positive_or_none, require
 
 SOFTMAX_MAPS = ("positive", "hyperbolic", "trigonometric")
 
@@ -44,10 +44,7 @@ class Performer(Kernelised):
         epsilon: float = 1e-3
 
         def __post_init__(self):
-            require(
-                self.features is None or self.features > 0,
-                f"features={self.features} must be positive",
-            )
+            positive_or_none(self, "features")
             require(self.redraw >= 0, f"redraw={self.redraw} must be 0 or a number of steps")
             require(self.epsilon >= 0, f"epsilon={self.epsilon} must not be negative")
             require(
@@ -72,7 +69,7 @@ class Performer(Kernelised):
     @classmethod
     def cost(cls, config, site, length):
         """`Kernelised.cost`, and the projection of queries and keys."""
-        made = 2 * length * _features(config, site)[0] * site.width
+        made = 2 * cls.tokens(length) * _features(config, site)[0] * site.width
         attend = super().cost(config, site, length)
         return attend._replace(multiply_adds=attend.multiply_adds + made)
 

@@ -38,8 +38,15 @@ def test_the_parameters_are_as_many_as_recorded(expression):
     assert sum(leaf.size for leaf in leaves) == support.PARAMETERS[expression]
 
 
-@pytest.mark.parametrize("length", [1, 13, 63, 100])
-@pytest.mark.parametrize("expression", EXPRESSIONS)
+CHUNKED = [e for e in support.FIRSTS if e.startswith(("linear", "performer", "cosformer"))]
+"""Their chunks are longer than the tests' sequences: 512 tokens, 128 where they are causal."""
+
+
+@pytest.mark.parametrize(
+    ("expression", "length"),
+    [(e, t) for e in EXPRESSIONS for t in (1, 13, 63, 100)]
+    + [(e, t) for e in CHUNKED for t in (129, 577)],
+)
 def test_the_multiply_adds_are_those_of_cost(expression, length):
     """Exactly, but for what a mechanism's file names as `uncounted`."""
     counted = multiply_adds(forward(holder(expression), plain(expression)), shape(length))
@@ -57,6 +64,14 @@ def test_causal_chunks_cost_their_square_and_no_more(expression):
     features *= 2 if getattr(inner, "feature_map", "") in ("hyperbolic", "trigonometric") else 1
     within = length * chunk * (support.HEADS * (features + 1) + width)
     assert counted == said - uncounted(expression, length) + within
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("expression", CHUNKED)
+def test_a_token_more_than_a_chunk_is_not_a_chunk_more(expression, causal):
+    call, chunk = forward(holder(expression), Mask(causal=causal)), 128 if causal else 512
+    counts = [multiply_adds(call, shape(length)) for length in (chunk, chunk + 1)]
+    assert counts[1] < 1.01 * counts[0]
 
 
 @pytest.mark.parametrize("expression", FIRSTS_AND_SLOWLY_THE_OTHERS)

@@ -13,6 +13,7 @@ from kernels import (
     reference,
 )
 from kernels import linear_attention as op
+from kernels.linear_attention import even
 from tests.kernels.compare import MASKS, agree, arrays, both, mask_of
 
 
@@ -180,3 +181,28 @@ def test_going_on_takes_a_causal_mask():
     ones = jnp.ones((1, 2, 1, 3))
     with pytest.raises(ValueError, match="causal mask"):
         causal_linear_attention(ones, ones, ones, linear_attention_init(1, 1, 3, 3), mask=Mask())
+
+
+def test_what_is_not_a_number_is_not_hidden():
+    ones = jnp.ones((1, 3, 1, 2))
+    assert jnp.isnan(op(ones.at[0, 1].set(jnp.nan), ones, ones)[0, 1]).all()
+    assert jnp.isnan(op(ones, ones.at[0, 1].set(jnp.nan), ones)).all()
+
+
+def test_a_first_key_of_no_weight_leaves_an_empty_state():
+    one, nothing = jnp.ones((1, 1, 1, 2)), jnp.full((1, 1, 1), -jnp.inf)
+    out, state = linear_attention_step(
+        one, one, one, linear_attention_init(1, 1, 2, 2), log_scale=nothing
+    )
+    np.testing.assert_array_equal(out, 0)
+    np.testing.assert_array_equal(state.memory, 0)
+    out, _ = linear_attention_step(one, one, 3 * one, state)
+    np.testing.assert_array_equal(out, 3)
+
+
+@pytest.mark.parametrize(
+    ("length", "chunk", "expected"),
+    [(1, 128, 1), (128, 128, 128), (129, 128, 65), (513, 512, 257), (577, 128, 116)],
+)
+def test_chunks_are_even(length, chunk, expected):
+    assert even(length, chunk) == expected
