@@ -46,7 +46,9 @@ class Mask:
         return seen
 
     def check(self, queries: int, keys: int) -> None:
-        """Raise ValueError where the mask does not fit `queries` x `keys`."""
+        """Raise ValueError where the mask does not fit `queries` x `keys`, or one of them is 0."""
+        if not queries or not keys:
+            raise ValueError(f"{queries} queries and {keys} keys: give at least one of each")
         square = self.causal or self.segments is not None
         if square and queries != keys:
             raise ValueError(

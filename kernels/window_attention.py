@@ -34,7 +34,9 @@ def window_attention(
     See `block_attention` for grouped heads, slopes and errors. Blocks that lie wholly outside the
     window are not computed: T (left + right + C) logits a head, blocks of C queries.
     """
-    right = 0 if mask is not None and mask.causal else right
+    mask = mask or Mask()
+    mask.check(q.shape[1], k.shape[1])
+    right = 0 if mask.causal else right
     blocks = window_blocks(q.shape[1], left=left, right=right, dilation=dilation)
     return block_attention(q, k, v, blocks=blocks, mask=mask, slopes=slopes, backend=backend)
 

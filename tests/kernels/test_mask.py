@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import Mask, linear_attention, local_conv, softmax_attention
+from kernels import Mask, linear_attention, local_conv, softmax_attention, window_attention
 
 
 def test_visible_is_the_conjunction_of_all_it_says():
@@ -46,3 +46,14 @@ def test_what_does_not_fit_is_refused_by_every_op(mask, queries, keys, message):
     if queries == keys:
         with pytest.raises(ValueError, match=message):
             local_conv(jnp.ones((1, keys, 4)), jnp.ones((1, 1, 2, 3)), mask=mask)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(0, 0), (0, 3), (3, 0)])
+def test_an_empty_sequence_is_refused(queries, keys):
+    q, k = jnp.ones((1, queries, 2, 4)), jnp.ones((1, keys, 2, 4))
+    ops = [softmax_attention, linear_attention]
+    if queries == keys:
+        ops.append(lambda q, k, v: window_attention(q, k, v, left=1, right=1))
+    for op in ops:
+        with pytest.raises(ValueError, match=f"{queries} queries and {keys} keys: give at least"):
+            op(q, k, k)
