@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 
 from efficient_attn.data.base import Image, Info
 from efficient_attn.data.sources import Arrays, Finish, Items
@@ -14,6 +15,7 @@ from efficient_attn.data.sources import Arrays, Finish, Items
 UNREADABLE = (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError)
 GREY = {"1", "L", "LA"}
 DEEP = {"I", "F"}  # more than 8 bits: pillow would clip them, not scale them
+ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # of EXIF: the tag, and its values of 90 degrees
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, what pillow's mode L uses
 
@@ -43,7 +45,7 @@ def info(
 
 
 def header(path: Path) -> tuple[int, int, bool]:
-    """(height, width, whether it is grey) of an image file, without decoding it.
+    """(height, width, whether it is grey) of an image file, upright, without decoding it.
 
     Raises:
         UNREADABLE: no image, or one of more than 8 bits.
@@ -51,17 +53,23 @@ def header(path: Path) -> tuple[int, int, bool]:
     with PIL.Image.open(path) as image:
         if image.mode.partition(";")[0] in DEEP:
             raise ValueError(f"mode {image.mode} has more than 8 bits: convert it to 8")
-        return image.height, image.width, image.mode in GREY
+        # Pillow turns a TIFF by itself, and decodes a PNG in search of what is not in `info`.
+        turned = "exif" in image.info and image.getexif().get(ORIENTATION) in QUARTER_TURNS
+        size = (image.width, image.height) if turned else (image.height, image.width)
+        return *size, image.mode in GREY
 
 
 def decode(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    """The image as bytes of this (H, W, C), C being 1 or 3; its proportions are not kept.
+    """The image as bytes of this (H, W, C), C being 1 or 3, upright as its EXIF data say.
+
+    Its proportions are not kept.
 
     Raises:
         UNREADABLE: the file is damaged.
     """
     with PIL.Image.open(path) as image:
-        pixels = np.asarray(image.convert("L" if shape[2] == 1 else "RGB"))
+        upright = PIL.ImageOps.exif_transpose(image)
+        pixels = np.asarray(upright.convert("L" if shape[2] == 1 else "RGB"))
     if pixels.shape[:2] != shape[:2]:
         pixels = resize(pixels, shape[:2])
     return pixels.reshape(shape)

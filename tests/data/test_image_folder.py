@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 
 from efficient_attn import data
-from efficient_attn.data import Config, Image, loader
+from efficient_attn.data import Config, Image, images, loader
 from efficient_attn.data.sources import Arrays, Items
 from efficient_attn.errors import UserError
 
@@ -113,6 +113,22 @@ def test_images_are_resized_to_the_size_asked_for(tmp_path):
     loaded = load(tmp_path, image=Image(size=8))
     assert loaded.info.shape == (8, 8, 3)
     assert everything(loaded.splits["train"])["inputs"].shape == (4, 8, 8, 3)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_images_stand_upright_as_the_camera_was_held(tmp_path, suffix, orientation):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.zeros((8, 16, 3), np.uint8)
+    pixels[:, :4] = 255  # the left quarter is white
+    path = tmp_path / f"a{suffix}"
+    PIL.Image.fromarray(pixels).save(path, exif=exif)
+    height, width, _ = images.header(path)
+    assert (height, width) == ((16, 8) if orientation == 6 else (8, 16))
+    white = images.decode(path, (height, width, 1))[..., 0] > 127
+    side = {1: white[:, :4], 3: white[:, -4:], 6: white[:4]}[orientation]
+    assert side.all() and white.sum() == side.size
 
 
 def test_a_plain_image_stays_plain_when_resized(tmp_path):
