@@ -39,7 +39,7 @@ class Stream:
         ends = np.array([end])
         parts = [part for ids in documents for part in (ends, ids)]
         kind = np.uint16 if max((int(p.max()) for p in parts), default=0) < 2**16 else np.int32
-        self.tokens = np.concatenate(parts).astype(kind) if parts else np.zeros(0, kind)
+        self.tokens = np.concatenate([np.zeros(0, kind), *parts], dtype=kind, casting="unsafe")
         self.length = length
 
     def __len__(self) -> int:

@@ -1,6 +1,7 @@
 """Rows of tokens: each token told once, after the one before it; the same again when resumed."""
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -45,6 +46,15 @@ def test_a_stream_tells_each_token_once_from_the_one_before(length):
     np.testing.assert_array_equal(batch["inputs"][~counts], 0)
     assert batch["inputs"].shape == (-(-(len(whole) - 1) // length), length)
     assert batch["inputs"].dtype == batch["label"].dtype == np.int32
+
+
+def test_a_stream_takes_two_bytes_a_token_while_it_is_made():
+    ids = [np.full(1000, 7, np.uint16)] * 1000
+    tracemalloc.start()
+    made = Stream(ids, length=8, end=END)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert made.tokens.nbytes < peak < 1.2 * made.tokens.nbytes
 
 
 def test_each_epoch_cuts_the_stream_elsewhere_and_tells_all_tokens_but_one():
