@@ -1,5 +1,8 @@
 """`text_files`: what is read, what is held out, what each id stands for."""
 
+import tarfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -8,7 +11,7 @@ from efficient_attn.data import Config, Text, language
 from efficient_attn.errors import UserError
 from tests.data.test_rows import everything
 
-PACK = "/work/runs/packs/lm_text"
+PACKS = Path(__file__).parents[2].parent / "shared" / "data"
 STORY = "".join(f"line {n} of the story\n" for n in range(50))
 
 
@@ -153,11 +156,12 @@ def test_paths_and_options_that_cannot_be(tmp_path):
         data.load(Config(name="text_folder", path=str(tmp_path), text=Text(predict="next")))
 
 
-def test_tiny_shakespeare():
-    try:
-        loaded = load(f"{PACK}/tinyshakespeare", tokenizer="chars", max_len=256)
-    except UserError:
-        pytest.skip(f"{PACK} is not unpacked here")
+@pytest.mark.skipif(not (PACKS / "lm_text.tar.xz").exists(), reason="shared/data is not here")
+def test_tiny_shakespeare(tmp_path):
+    with tarfile.open(PACKS / "lm_text.tar.xz") as pack:
+        member = "tinyshakespeare/data/tinyshakespeare/input.txt"
+        pack.extract(member, tmp_path, filter="data")
+    loaded = load(tmp_path, tokenizer="chars", max_len=256)
     assert loaded.info.vocab == 68, "65 characters, padding, unknown, end"
     assert [len(loaded.splits[s]) for s in ("train", "validation", "test")] == [3138, 349, 872]
     assert text_of(loaded, "train").startswith("First Citizen:\nBefore we proceed any further")
