@@ -7,8 +7,8 @@
 
 After the colon stands the image size, 32 (Long Range Arena's Pathfinder), 64, 128 (its Path-X) or
 256, and after a comma the setting. The images are drawn on first use: 200,000 take 45 minutes of
-one core at 32 x 32 and 6 hours (and 3.3 GB of memory and disk) at 128 x 128, on several cores at
-once.
+one core at 32 x 32 and 6 hours (and 3.3 GB of memory and, until all is done, twice that of disk)
+at 128 x 128, on several cores at once; a run that is killed goes on drawing where it stopped.
 
 "small" has 40,000 images of shorter curves without distractors, for trying things out. "paper" is
 the model of the paper's appendix, which does not tell the sizes apart, "released" that of the

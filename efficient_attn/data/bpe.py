@@ -69,7 +69,7 @@ class Bpe:
             "tokenizers": _library().__version__,
         }
 
-        def make() -> dict[str, np.ndarray]:
+        def make(_) -> dict[str, np.ndarray]:
             trained = cls.train(texts, vocab=vocab).serialized
             return {"json": np.frombuffer(trained.encode(), np.uint8)}
 

@@ -6,10 +6,13 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
+import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +25,51 @@ Arrays = dict[str, np.ndarray]
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
 
-def stored(config: Config, name: str, key: str, make: Callable[[], Arrays]) -> Arrays:
+def stored(config: Config, name: str, key: str, make: Callable[[Path], Arrays]) -> Arrays:
     """What `make` gives, from the cache folder's NAME-KEY.npz where that is there already.
+
+    make: is given a folder for parts that are done (see `part`), which goes when all is.
 
     Raises:
         UserError: the cache cannot be written.
     """
     folder = Path(config.cache or os.environ.get("EFFICIENT_ATTN_CACHE") or "data_cache")
     path = folder / f"{name}-{key}.npz"
+    _sweep(path)
     arrays = _read(path)
     if arrays is None:
-        arrays = make()
+        parts = path.with_suffix(".parts")
+        arrays = make(parts)
         _write(path, arrays)
+        shutil.rmtree(parts, ignore_errors=True)
     return arrays
 
 
+def part(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """What `make` gives, kept in this file: generation that was killed goes on from there.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    found = _read(path)
+    if found is None:
+        found = {"part": make()}
+        _write(path, found)
+    return found["part"]
+
+
+def key(options: Any, *, seed: int, version: int, shard: int) -> str:
+    """A hash of all that a generated set depends on; `options.processes` does not count.
+
+    version: of the generator; shard: examples drawn from one seed.
+    """
+    facts = asdict(options) | {"seed": seed, "version": version, "shard": shard}
+    del facts["processes"]
+    return digest(facts)
+
+
 def digest(facts: Mapping[str, Any]) -> str:
-    """A hash of all that a generated set depends on."""
+    """A hash of these facts."""
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
@@ -80,6 +111,14 @@ def _read(path: Path) -> Arrays | None:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         warnings.warn(f"{path} is damaged ({error}): generating it anew", stacklevel=2)
         return None
+
+
+def _sweep(path: Path) -> None:
+    """Remove what writers of this file left that were killed: nobody has touched it for an hour."""
+    for left in path.parent.glob(f".{path.name}.*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
 
 
 def _write(path: Path, arrays: Arrays) -> None:

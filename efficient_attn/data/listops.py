@@ -19,7 +19,6 @@ them.
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
 
 import numpy as np
 
@@ -51,8 +50,8 @@ def load(config: Config) -> Dataset:
     stored = cache.stored(
         config,
         "listops",
-        key(options, seed=config.seed),
-        lambda: generate(options, seed=config.seed),
+        cache.key(options, seed=config.seed, version=VERSION, shard=SHARD),
+        lambda _: generate(options, seed=config.seed),
     )
     about = f"ListOps of {options.min_length} to {options.max_length} tokens, seed {config.seed}"
     info = Info("tokens", (options.max_length,), tuple("0123456789"), len(TOKENS), about)
@@ -73,13 +72,6 @@ def encode(text: str) -> list[int]:
 def decode(ids: np.ndarray | list[int] | bytes) -> str:
     """The expression that these token ids spell; padding is left out."""
     return " ".join(TOKENS[i] for i in ids if i)
-
-
-def key(options: ListOps, *, seed: int) -> str:
-    """A hash of all that the generated examples depend on."""
-    facts = asdict(options) | {"seed": seed, "version": VERSION, "shard": SHARD}
-    del facts["processes"]
-    return cache.digest(facts)
 
 
 def generate(options: ListOps, *, seed: int) -> dict[str, np.ndarray]:

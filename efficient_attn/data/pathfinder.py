@@ -11,7 +11,8 @@ none, the image is begun anew. Then come short curves, the distractors, each giv
 attempts, so that a full image may have fewer. One circle marks the beginning of a long curve, the
 other the end of the same curve (label 1) or of the other one (label 0).
 
-A core makes 1,000 images of 32 x 32 in 13 s, of 128 x 128 in 110 s.
+A core makes 1,000 images of 32 x 32 in 13 s, of 128 x 128 in 110 s. What is drawn is kept: a
+run that was killed goes on where it stopped.
 
 Different from the released generator (github.com/drewlinsley/pathfinder): a direction with room is
 found if there is one (there within three draws); a dash never touches that of another curve (the
@@ -26,7 +27,8 @@ about a fifth of its images.
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -78,10 +80,11 @@ def load(config: Config) -> Dataset:
             f"pathfinder is drawn at data.pathfinder.size={options.size}: set that rather than "
             f"data.image.size={config.image.size}"
         )
-    facts = asdict(options) | {"seed": config.seed, "version": VERSION, "shard": SHARD}
-    del facts["processes"]
     found = cache.stored(
-        config, "pathfinder", cache.digest(facts), lambda: generate(options, seed=config.seed)
+        config,
+        "pathfinder",
+        cache.key(options, seed=config.seed, version=VERSION, shard=SHARD),
+        lambda parts: generate(options, seed=config.seed, parts=parts),
     )
     finish = images.finish(config.image)
     splits = {
@@ -94,13 +97,19 @@ def load(config: Config) -> Dataset:
     return Dataset(info, splits)
 
 
-def generate(options: Pathfinder, *, seed: int) -> dict[str, np.ndarray]:
-    """The images of every split, bytes [N, H, W]; those of odd number have label 1."""
+def generate(options: Pathfinder, *, seed: int, parts: Path | None = None) -> dict[str, np.ndarray]:
+    """The images of every split, bytes [N, H, W]; those of odd number have label 1.
+
+    parts: the folder in which shards are kept, and from which they are taken.
+    """
     result = {}
     shards = {split: math.ceil(getattr(options, split) / SHARD) for split in SPLITS}
     with cache.workers(options.processes, jobs=sum(shards.values()) / 8) as run:
         for split, count in shards.items():
-            jobs = [(options, f"{seed}/{split}/{number}") for number in range(count)]
+            jobs = [
+                (options, f"{seed}/{split}/{n}", parts and parts / f"{split}-{n}.npz")
+                for n in range(count)
+            ]
             done = track(run(_shard, jobs), total=count, text=f"generating pathfinder {split}")
             size = (getattr(options, split), options.size, options.size)
             result[split] = whole = np.empty(size, np.uint8)
@@ -110,10 +119,14 @@ def generate(options: Pathfinder, *, seed: int) -> dict[str, np.ndarray]:
     return result
 
 
-def _shard(job: tuple[Pathfinder, str]) -> np.ndarray:
-    options, stream = job
-    draw = cache.stream(stream)
-    return np.stack([compose(options, draw).picture(label=i % 2) for i in range(SHARD)])
+def _shard(job: tuple[Pathfinder, str, Path | None]) -> np.ndarray:
+    options, stream, path = job
+
+    def make() -> np.ndarray:
+        draw = cache.stream(stream)
+        return np.stack([compose(options, draw).picture(label=i % 2) for i in range(SHARD)])
+
+    return cache.part(path, make) if path else make()
 
 
 @dataclass

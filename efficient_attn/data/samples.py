@@ -21,6 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
+    if given.rows < 1:
+        parser.error(f"--rows must be at least 1, not {given.rows}")
     options, draw = PRESETS[given.preset], cache.stream(f"{given.seed}/samples/0")
     columns = min(8, WIDTH // options.size)
     rows = [

@@ -1,18 +1,20 @@
 import functools
 import hashlib
+import os
 import re
 import statistics
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
 from efficient_attn import data
-from efficient_attn.data import Config, ListOps, listops
+from efficient_attn.data import Config, ListOps, cache, listops
 from efficient_attn.errors import UserError
 
 SMALL = ListOps(min_length=10, max_length=60, train=600, validation=100, test=100, processes=1)
-SMALL_BYTES = "132a1e7e31d6f331"
+SMALL_BYTES, SMALL_KEY = "132a1e7e31d6f331", "ed155d52492f337c"
 
 
 @functools.cache
@@ -177,10 +179,12 @@ def test_the_cache_is_used_and_keyed_by_every_option(tmp_path, monkeypatch):
     for name in first:
         np.testing.assert_array_equal(first[name], again[name])
     changed = [replace(SMALL, **{name: getattr(SMALL, name) + 1}) for name in vars(SMALL)]
-    keys = {listops.key(options, seed=0) for options in [SMALL, *changed]}
+    key = partial(cache.key, version=listops.VERSION, shard=listops.SHARD)
+    keys = {key(options, seed=0) for options in [SMALL, *changed]}
     assert len(keys) == len(vars(SMALL))  # processes alone does not count
-    assert listops.key(SMALL, seed=1) not in keys
-    assert file.name == f"listops-{listops.key(SMALL, seed=0)}.npz"
+    assert key(SMALL, seed=1) not in keys
+    assert file.name == f"listops-{key(SMALL, seed=0)}.npz"
+    assert key(SMALL, seed=0) == SMALL_KEY, "what is cached already would be generated anew"
 
 
 def test_the_cache_folder_comes_from_config_environment_or_default(tmp_path, monkeypatch):
@@ -192,6 +196,16 @@ def test_the_cache_folder_comes_from_config_environment_or_default(tmp_path, mon
     monkeypatch.setenv("EFFICIENT_ATTN_CACHE", str(tmp_path / "elsewhere"))
     data.load(Config(name="listops", listops=tiny))
     assert len(list((tmp_path / "elsewhere").glob("listops-*.npz"))) == 1
+
+
+def test_what_a_killed_writer_left_goes_after_an_hour(tmp_path):
+    path = tmp_path / "x-1.npz"
+    old, new = (tmp_path / f".{path.name}.{pid}" for pid in (1, 2))
+    for left in (old, new):
+        left.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    cache.stored(Config(cache=str(tmp_path)), "x", "1", lambda _: {"a": np.zeros(1)})
+    assert sorted(tmp_path.iterdir()) == [new, path]
 
 
 @pytest.mark.parametrize("keep", [0, 1000])

@@ -230,11 +230,35 @@ def test_the_parameters_are_those_that_long_range_arena_lists():
     assert (small.train, small.validation, small.test) == (160_000, 20_000, 20_000)
 
 
+def test_a_generation_that_was_killed_goes_on(tmp_path, monkeypatch):
+    config = Config(name="pathfinder", pathfinder=SMALL, cache=str(tmp_path))
+    compose, drawn = pathfinder.compose, []
+
+    def killed(*arguments):
+        drawn.append(arguments)
+        if len(drawn) == pathfinder.SHARD + 5:
+            raise KeyboardInterrupt
+        return compose(*arguments)
+
+    monkeypatch.setattr(pathfinder, "compose", killed)
+    with pytest.raises(KeyboardInterrupt):
+        data.load(config)
+    loaded = data.load(config)
+    shards = sum(-(-len(source) // pathfinder.SHARD) for source in loaded.splits.values())
+    assert len(drawn) == pathfinder.SHARD * shards + 5
+    for split, source in loaded.splits.items():
+        np.testing.assert_array_equal(source.inputs[..., 0], small()[split])
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_picture_of_samples(tmp_path, capsys):
     samples.main(["--out", str(tmp_path / "x.png"), "--rows", "2"])
     with PIL.Image.open(tmp_path / "x.png") as picture:
         assert picture.size == (1024, 256) and picture.getextrema()[1] == 255
     assert "2 rows of 8" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        samples.main(["--out", str(tmp_path / "x.png"), "--rows", "0"])
+    assert "--rows must be at least 1, not 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
