@@ -110,11 +110,16 @@ class Core(Mechanism):
         self.config = config
         self.site = site
         self.watched = False
+        require(
+            site.heads % self.kv_heads == 0,
+            f"{type(self).__name__.lower()}: kv_heads={self.kv_heads} does not divide "
+            f"heads={site.heads}",
+        )
 
     @property
     def kv_heads(self) -> int:
-        """Number of key-value heads, G; by default as many as query heads."""
-        return self.site.heads
+        """Number of key-value heads, G; see `kv_heads`."""
+        return kv_heads(self.config, self.site)
 
     def slopes(self, heads: slice = slice(None)) -> Float[Array, " H"] | None:
         """ALiBi's slopes of these query heads, all by default; None where the site has no ALiBi."""
@@ -163,6 +168,11 @@ class Core(Mechanism):
         in parallel overrides this.
         """
         return scan_steps(self.step, (q, k, v), state, keys=keys)
+
+
+def kv_heads(config: Any, site: Site) -> int:
+    """G of a core's options, or as many as query heads where they have none."""
+    return getattr(config, "kv_heads", None) or site.heads
 
 
 class Mixer(Mechanism):
@@ -265,7 +275,7 @@ def refuse_context(name: str, context: Any) -> None:
     """Raise ValueError for a context given to a mechanism without cross-attention."""
     if context is not None:
         raise ValueError(
-            f"{name} has no cross-attention; use softmax, linformer or performer there"
+            f"{name} has no cross-attention; use softmax there, or another that supports 'cross'"
         )
 
 

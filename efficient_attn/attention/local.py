@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from efficient_attn.attention.base import Core, Cost
+from efficient_attn.attention.base import Core, Cost, kv_heads
 from efficient_attn.attention.softmax import KeyValueCache
-from efficient_attn.config import require
+from efficient_attn.config import positive_or_none, require
 from kernels import Blocks, Mask, block_attention, softmax_attention, window_attention
 from kernels.block_attention import runs
 from kernels.window_attention import window_blocks
@@ -40,20 +40,10 @@ class Local(Core):
 
         def __post_init__(self):
             require(self.window > 0, f"window={self.window} must be positive")
-            require(
-                self.kv_heads is None or self.kv_heads > 0,
-                f"kv_heads={self.kv_heads} must be positive",
-            )
+            positive_or_none(self, "kv_heads")
 
     paper = "Long Range Arena, arXiv 2011.04006; Mistral 7B, arXiv 2310.06825"
     supports = frozenset({"padding", "causal", "bidirectional", "segments", "decode", "alibi"})
-
-    def __init__(self, config, site, *, rngs, shared):
-        super().__init__(config, site, rngs=rngs, shared=shared)
-        require(
-            site.heads % self.kv_heads == 0,
-            f"local: kv_heads={self.kv_heads} does not divide heads={site.heads}",
-        )
 
     @classmethod
     def capabilities(cls, config):
@@ -61,15 +51,10 @@ class Local(Core):
         lacks = {"sliding": set(), "blocked": {"segments"}, "interleaved": {"segments", "decode"}}
         return cls.supports - lacks[config.pattern]
 
-    @property
-    def kv_heads(self) -> int:
-        """G of the options, or H."""
-        return self.config.kv_heads or self.site.heads
-
     @classmethod
     def cost(cls, config, site, length):
         """2 E for each pair of tokens compared (in both directions); the cache holds W tokens."""
-        kept = min(config.window, site.seq) * (config.kv_heads or site.heads) * site.head_dim
+        kept = min(config.window, site.seq) * kv_heads(config, site) * site.head_dim
         return Cost(
             2 * _blocks(config, site.seq, length, causal=False).logits * site.width,
             None if config.pattern == "interleaved" else 4 * 2 * kept,

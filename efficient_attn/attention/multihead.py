@@ -12,6 +12,7 @@ from efficient_attn.attention.base import (
     Cost,
     Mixer,
     Site,
+    kv_heads,
     refuse_context,
     refuse_mask,
 )
@@ -102,7 +103,7 @@ def mixer_cost(choice: Choice, site: Site, length: int) -> Cost:
     inside = choice.mechanism.cost(choice.config, site, length)
     if not issubclass(choice.mechanism, Core):
         return inside
-    keys = (getattr(choice.config, "kv_heads", None) or site.heads) * site.head_dim
+    keys = kv_heads(choice.config, site) * site.head_dim
     projections = 2 * length * site.width * (site.width + keys)
     return inside._replace(multiply_adds=inside.multiply_adds + projections)
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from efficient_attn.attention.base import Core, Cost
-from efficient_attn.config import require
+from efficient_attn.attention.base import Core, Cost, kv_heads
+from efficient_attn.config import positive_or_none, require
 from kernels import Mask, softmax_attention
 
 
@@ -33,10 +33,7 @@ class Softmax(Core):
         logit_cap: float | None = None
 
         def __post_init__(self):
-            require(
-                self.kv_heads is None or self.kv_heads > 0,
-                f"kv_heads={self.kv_heads} must be positive",
-            )
+            positive_or_none(self, "kv_heads")
             require(
                 self.logit_cap is None or self.logit_cap > 0,
                 f"logit_cap={self.logit_cap} must be positive; None turns it off",
@@ -47,22 +44,10 @@ class Softmax(Core):
         {"padding", "causal", "bidirectional", "cross", "segments", "decode", "alibi"}
     )
 
-    def __init__(self, config, site, *, rngs, shared):
-        super().__init__(config, site, rngs=rngs, shared=shared)
-        require(
-            site.heads % self.kv_heads == 0,
-            f"softmax: kv_heads={self.kv_heads} does not divide heads={site.heads}",
-        )
-
-    @property
-    def kv_heads(self) -> int:
-        """G of the options, or H."""
-        return self.config.kv_heads or self.site.heads
-
     @classmethod
     def cost(cls, config, site, length):
         """2 T^2 E multiply-adds; the cache holds T keys and values per key-value head."""
-        kept = 2 * length * (config.kv_heads or site.heads) * site.head_dim
+        kept = 2 * length * kv_heads(config, site) * site.head_dim
         return Cost(2 * length**2 * site.width, 4 * kept)
 
     def __call__(self, q, k, v, *, mask, shared):
