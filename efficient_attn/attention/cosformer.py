@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from efficient_attn.attention.kernelised import Kernelised
-from efficient_attn.config import require
+from efficient_attn.config import positive_or_none, require
 
 
 class Cosformer(Kernelised):
     """w_ts = <relu(q_t), relu(k_s)> cos(pi (t - s) / 2M) (Qin et al. 2022, 2202.08791, eq. 10).
 
     The cosine of a difference is a sum of two products, so each feature is used twice, once with
-    the cosine and once with the sine of its position (equations 11 and 12).
+    the cosine and once with the sine of its position (equations 11 and 12). Self-attention alone: a
+    distance between two sequences has no meaning.
     """
 
     @dataclass(frozen=True)
@@ -27,11 +28,10 @@ class Cosformer(Kernelised):
         horizon: int | None = None
 
         def __post_init__(self):
-            require(
-                self.horizon is None or self.horizon > 0, f"horizon={self.horizon} must be positive"
-            )
+            positive_or_none(self, "horizon")
 
     paper = "cosFormer: Rethinking Softmax in Attention, arXiv 2202.08791"
+    supports = Kernelised.supports - {"cross"}
 
     def __init__(self, config, site, *, rngs, shared):
         super().__init__(config, site, rngs=rngs, shared=shared)

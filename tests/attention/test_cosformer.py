@@ -38,3 +38,8 @@ def test_a_weight_falls_as_the_cosine_of_the_distance():
 def test_a_horizon_within_the_sequence_is_refused():
     with pytest.raises(UserError, match="horizon=63 is shorter than the sequence, 64"):
         mixer("cosformer(horizon=63)")
+
+
+def test_there_is_no_distance_between_two_sequences():
+    with pytest.raises(UserError, match="cosformer does not support cross"):
+        attention.build("cosformer", SITE, needs={"cross"}, rngs=nnx.Rngs(0))
