@@ -1,8 +1,10 @@
 """Two causal mixers, one from either end: what gives a recurrence both sides of a token."""
 
+import functools
 from dataclasses import dataclass, field
 
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from efficient_attn.attention.base import Choice, Cost, Mixer, refuse_context, refuse_mask
 from efficient_attn.attention.gla import Gla
@@ -63,5 +65,22 @@ class Bidirectional(Mixer):
             return mixer(x, mask=mask, positions=positions, rngs=rngs, shared=shared)
 
         given = x, mask.keys, mask.segments, positions
-        back = run(self.backwards, *(None if y is None else jnp.flip(y, axis=1) for y in given))
-        return run(self.forwards, *given) + jnp.flip(back, axis=1)
+        turn = functools.partial(_turned, at=_places(mask, x.shape[1]))
+        back = run(self.backwards, *(None if y is None else turn(y) for y in given))
+        return run(self.forwards, *given) + turn(back)
+
+
+def _places(mask: Mask, length: int) -> Int[Array, "#B T"]:
+    """Where each row, turned about its last token that is no padding, has its tokens from.
+
+    Padding at the end stays there, for mixers that know places. Segments, which such mixers do not
+    know, stay runs of neighbours: with them the whole row is turned.
+    """
+    at, last = jnp.arange(length)[None], length - 1
+    if mask.keys is not None and mask.segments is None:
+        last = last - jnp.argmax(jnp.flip(mask.keys, axis=1), axis=1)[:, None]
+    return jnp.where(at <= last, last - at, at)
+
+
+def _turned(x: Array, at: Int[Array, "#B T"]) -> Array:
+    return jnp.take_along_axis(x, at.reshape(*at.shape, *(1,) * (x.ndim - 2)), axis=1)

@@ -159,17 +159,22 @@ def test_a_context_is_refused_where_there_is_no_cross_attention(expression):
 # nothing to see, and neighbours
 
 
+def bias(numbers):
+    """What a mixer gives where its core gives 0."""
+    parts = [numbers["out"]] if "out" in numbers else [
+        numbers["attention"]["out"], numbers["local"]["leave"],
+    ]  # fmt: skip
+    width = support.WIDTH // len(parts)
+    return np.concatenate([part.get("bias", np.zeros(width)) for part in parts])
+
+
 @pytest.mark.parametrize("expression", EXPRESSIONS)
 def test_a_query_that_sees_nothing_gets_zero_and_no_nan(expression):
     """0 out of the core is the bias alone out of the projection that follows."""
     x, keys = draw_x(expression, LENGTH), support.ragged_keys(LENGTH)
     numbers = support.weights(holder(expression))["mixer"]
-    numbers = numbers.get("forwards", numbers)  # of two directions, neither has a bias
-    parts = [numbers["out"]]if "out" in numbers else [
-        numbers["attention"]["out"], numbers["local"]["leave"],
-    ]  # fmt: skip
-    width = support.WIDTH // len(parts)
-    nothing = np.concatenate([part.get("bias", np.zeros(width)) for part in parts])
+    ways = [numbers[way] for way in ("forwards", "backwards") if way in numbers] or [numbers]
+    nothing = sum(bias(way) for way in ways)
     for mode in modes(expression):
         result = run(expression, x, keys=keys, **mode)
         blind = np.repeat(~keys.any(1, keepdims=True), LENGTH, axis=1)
