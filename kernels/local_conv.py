@@ -25,7 +25,8 @@ def local_conv(
     """Convolve x with K taps; channel c belongs to head c H // E.
 
     Weights [1, 1, H, K] are a lightweight, [B, T, H, K] a dynamic convolution. Padding counts as
-    zero, segments do not see each other, and a causal mask puts all taps at or before t.
+    zero, segments do not see each other, and a causal mask puts all taps at or before t. Sums are
+    float32, the result has x's dtype.
 
     Raises:
         ValueError: the mask does not fit, or H does not divide E.
@@ -48,8 +49,8 @@ def local_conv_step(
     window = jnp.concatenate([inputs, x.astype(inputs.dtype)], axis=1)
     heads = rearrange(window, "b k (h d) -> b k h d", h=weights.shape[2])
     taps = jnp.broadcast_to(weights[:, 0], (len(x), *weights.shape[2:]))
-    out = jnp.einsum("bkhd,bhk->bhd", heads, taps.astype(heads.dtype))
-    return rearrange(out, "b h d -> b 1 (h d)"), window[:, 1:]
+    out = jnp.einsum("bkhd,bhk->bhd", heads.astype(jnp.float32), taps.astype(jnp.float32))
+    return rearrange(out, "b h d -> b 1 (h d)").astype(inputs.dtype), window[:, 1:]
 
 
 def last_inputs(
@@ -66,7 +67,8 @@ def last_inputs(
 
 def _xla(x, weights, *, mask: Mask):
     """One shifted copy of x per tap, which XLA fuses into a single pass."""
-    length, taps = x.shape[1], weights.shape[-1]
+    length, taps, dtype = x.shape[1], weights.shape[-1], x.dtype
+    x, weights = x.astype(jnp.float32), weights.astype(jnp.float32)
     if mask.keys is not None:
         x = jnp.where(mask.keys[:, :, None], x, 0)
     past = taps - 1 if mask.causal else (taps - 1) // 2
@@ -77,10 +79,10 @@ def _xla(x, weights, *, mask: Mask):
     segments = mask.segments
     if segments is not None:
         beside = jnp.pad(segments, [(0, 0), around], mode="edge")
-    out = jnp.zeros((), x.dtype)
+    out = jnp.zeros((), jnp.float32)
     for tap in range(taps):
-        term = heads[:, tap : tap + length] * weights[..., tap, None].astype(x.dtype)
+        term = heads[:, tap : tap + length] * weights[..., tap, None]
         if segments is not None:
             term = jnp.where((beside[:, tap : tap + length] == segments)[..., None, None], term, 0)
         out = out + term
-    return rearrange(out, "b t h d -> b t (h d)")
+    return rearrange(out, "b t h d -> b t (h d)").astype(dtype)

@@ -13,7 +13,7 @@ from efficient_attn.attention.base import Choice, Cost, Mixer, Site, refuse_cont
 from efficient_attn.attention.multihead import linear, make_mixer, mixer_cost
 from efficient_attn.attention.softmax import Softmax
 from efficient_attn.config import require
-from kernels import Mask, local_conv, local_conv_step
+from kernels import Mask, last_inputs, local_conv, local_conv_step
 
 
 class LsraState(NamedTuple):
@@ -115,6 +115,13 @@ class Lsra(Mixer):
         near, inputs = self.local.step(near, state.inputs)
         return jnp.concatenate([far, near], axis=-1), LsraState(attention, inputs)
 
+    def prefill(self, x, state, *, keys):
+        """The prompt through both halves."""
+        far, near = jnp.split(x, 2, axis=-1)
+        far, attention = self.attention.prefill(far, state.attention, keys=keys)
+        near, inputs = self.local.prefill(near, state.inputs, keys=keys)
+        return jnp.concatenate([far, near], axis=-1), LsraState(attention, inputs)
+
 
 class LocalBranch(nnx.Module):
     """Project (and gate), convolve, project: [B,T,E/2] -> [B,T,E/2]."""
@@ -145,6 +152,12 @@ class LocalBranch(nnx.Module):
         x = self._enter(x)
         out, inputs = local_conv_step(x, inputs, self._weights(x))
         return self.leave(out), inputs
+
+    def prefill(self, x: Float[Array, "B T E2"], inputs: Float[Array, "B P E2"], *, keys: Array):
+        """All tokens at once, and the last K - 1 inputs of those that `keys` shows."""
+        x, mask = self._enter(x), Mask(causal=True, keys=keys)
+        out = local_conv(x, self._weights(x), mask=mask, backend=self.site.backend)
+        return self.leave(out), last_inputs(x, inputs, keys=keys)
 
     def _enter(self, x):
         x = self.enter(x)

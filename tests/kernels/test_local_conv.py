@@ -38,6 +38,15 @@ def test_bfloat16_is_a_rounding_away():
     agree(result, forward=1e-2, backward=2e-2)
 
 
+def test_sums_of_bfloat16_are_float32():
+    """All but one of 31 terms are below half a unit of the first one's last place."""
+    taps = jnp.full((1, 1, 1, 31), 2.0**-10, jnp.bfloat16).at[..., 0].set(1.0)
+    x = jnp.ones((1, 31, 1), jnp.bfloat16)
+    out = local_conv(x, taps, mask=Mask(causal=True))[0, -1, 0]
+    step, _ = local_conv_step(x[:, -1:], x[:, :-1], taps)
+    assert out == step[0, 0, 0] == jnp.bfloat16(1 + 30 * 2.0**-10)
+
+
 @pytest.mark.parametrize("taps", [3, 4])
 @pytest.mark.parametrize("causal", [False, True])
 def test_it_is_numpys_correlation(taps, causal):
