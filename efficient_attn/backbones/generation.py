@@ -4,7 +4,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from efficient_attn.backbones.causal_lm import CausalLM
@@ -33,9 +35,11 @@ def generate(
 
     Raises:
         UserError: a mechanism that does not decode, a text longer than the model was built for, no
-            key to sample with, a vocabulary without `stop`.
+            key to sample with, a vocabulary without `stop`, prompts or lengths that are not as
+            above (of those under `jit` the shapes alone are known).
     """
     length, vocab = model.length, model.embed.embedding.shape[0]
+    check_prompts(prompts, lengths, vocab)
     require(max_tokens > 0, f"max_tokens={max_tokens} must be positive")
     require(
         prompts.shape[1] + max_tokens <= length,
@@ -54,24 +58,51 @@ def generate(
     return _generate(graph, max_tokens, sampling, stop, state, prompts, lengths, key)
 
 
+def check_prompts(prompts, lengths, vocab: int) -> None:
+    """Raise UserError for what is not ids, padded on the right, or not their numbers."""
+    require(
+        prompts.ndim == 2 and lengths.shape == prompts.shape[:1],
+        f"prompts of shape {prompts.shape} and lengths of {lengths.shape}; give (B, T) and (B,)",
+    )
+    if isinstance(prompts, Tracer) or isinstance(lengths, Tracer):
+        return
+    rows = zip(np.asarray(prompts).tolist(), np.asarray(lengths).tolist(), strict=True)
+    for row, (ids, count) in enumerate(rows):
+        require(
+            1 <= count <= len(ids),
+            f"lengths[{row}]={count} is not from 1 to {len(ids)}; count the tokens of row {row}, "
+            "padded on the right",
+        )
+        wrong = [token for token in ids[:count] if not 0 < token < vocab]
+        require(
+            not wrong,
+            f"row {row} has {wrong[:1]} among its first {count} tokens, which are ids from 1 to "
+            f"{vocab - 1}; pad on the right",
+        )
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _generate(graph, max_tokens, sampling, stop, weights, prompts, lengths, key):
     model: CausalLM = nnx.merge(graph, weights)
     batch = len(prompts)
+
+    def pick(count, logits, done, text):
+        token = choose(logits, jax.random.fold_in(key, count), sampling)
+        text = text.at[:, count].set(jnp.where(done, 0, token))
+        return token, done if stop is None else done | (token == stop), text
 
     def going(carry):
         count, _, _, done, _ = carry
         return (count < max_tokens) & ~jnp.all(done)
 
     def one(carry):
-        count, logits, state, done, text = carry
-        token = choose(logits, jax.random.fold_in(key, count), sampling)
-        text = text.at[:, count].set(jnp.where(done, 0, token))
-        done = done if stop is None else done | (token == stop)
-        logits, state = model.step(token, state, position=lengths + count)
-        return count + 1, logits, state, done, text
+        count, token, state, done, text = carry
+        logits, state = model.step(token, state, position=lengths + count - 1)
+        token, done, text = pick(count, logits, done, text)
+        return count + 1, token, state, done, text
 
     logits, state = model.prefill(prompts, lengths, model.init_state(batch))
     text = jnp.zeros((batch, max_tokens), jnp.int32)
-    start = (jnp.int32(0), logits, state, jnp.zeros(batch, bool), text)
+    token, done, text = pick(0, logits, jnp.zeros(batch, bool), text)
+    start = (jnp.int32(1), token, state, done, text)
     return jax.lax.while_loop(going, one, start)[-1]

@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from efficient_attn import backbones
-from efficient_attn.backbones import Sampling, generate
+from efficient_attn.backbones import CausalLM, Sampling, generate
+from efficient_attn.backbones.generation import check_prompts
 from efficient_attn.backbones.sampling import GREEDY
 from efficient_attn.errors import UserError
 from tests import support
@@ -134,13 +135,13 @@ def test_a_row_ends_at_its_stop_token_and_sampling_follows_the_key():
     one, again, other = (np.asarray(sample(key=jax.random.key(k))) for k in (0, 0, 1))
     np.testing.assert_array_equal(one, again)
     assert (one != other).any() and (one > 0).all()
-    stopped = np.asarray(sample(key=jax.random.key(0), stop=3))
+    stopped = np.asarray(sample(key=jax.random.key(0), stop=5))
     for row, whole in zip(stopped, one, strict=True):
-        end = np.flatnonzero(whole == 3)[:1] + 1
+        end = np.flatnonzero(whole == 5)[:1] + 1
         end = end[0] if len(end) else 15
         np.testing.assert_array_equal(row[:end], whole[:end])
         assert (row[end:] == 0).all()
-    assert (one == 3).any()
+    assert (one == 5).any()
 
 
 def test_the_state_of_a_recurrence_does_not_grow_with_the_model_s_length():
@@ -247,6 +248,46 @@ def test_what_cannot_be_generated_says_why(options, message):
     given = {"max_tokens": 3, "sampling": GREEDY} | options
     with pytest.raises(UserError, match=message):
         generate(create(), jnp.ones((1, 5), jnp.int32), jnp.array([5]), **given)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "lengths", "message"),
+    [
+        ([[5, 6, 0]], [0], r"lengths\[0\]=0 is not from 1 to 3; .* padded on the right"),
+        ([[5, 6, 0]], [-2], r"lengths\[0\]=-2 is not from 1 to 3"),
+        ([[5, 6, 0], [5, 6, 7]], [2, 4], r"lengths\[1\]=4 is not from 1 to 3"),
+        ([[5, 6, 7], [0, 5, 6]], [3, 3], r"row 1 has \[0\] among its first 3 tokens.*pad on the"),
+        ([[5, VOCAB, 0]], [2], r"row 0 has \[11\] among its first 2 tokens.* from 1 to 10"),
+    ],
+)
+def test_prompts_that_are_no_ids_padded_on_the_right_say_so(prompts, lengths, message):
+    given = jnp.asarray(prompts), jnp.asarray(lengths)
+    with pytest.raises(UserError, match=message):
+        generate(create(), *given, max_tokens=3)
+
+
+def test_of_prompts_the_shapes_are_looked_at_even_where_they_are_traced():
+    check = functools.partial(check_prompts, vocab=VOCAB)
+    ones = functools.partial(jnp.ones, dtype=jnp.int32)
+    for shapes in (((2, 3), (1,)), ((2, 3), (2, 1)), ((3,), (3,))):
+        with pytest.raises(UserError, match=r"give \(B, T\) and \(B,\)"):
+            jax.eval_shape(check, *map(ones, shapes))
+    assert jax.eval_shape(check, ones((2, 3)), jnp.zeros(2, jnp.int32)) is None
+
+
+def test_the_last_token_is_written_without_a_step_behind_it(monkeypatch):
+    turns, step = [], CausalLM.step
+
+    def counted(self, tokens, state, *, position):
+        jax.debug.callback(lambda at: turns.append(at.tolist()), position)
+        return step(self, tokens, state, position=position)
+
+    monkeypatch.setattr(CausalLM, "step", counted)
+    made = create(depth=1, mlp_ratio=2.0)  # compiled by no other test
+    for more in (1, 3):
+        generate(made, jnp.asarray(draw(1, 5)), jnp.asarray([5]), max_tokens=more)
+    jax.effects_barrier()
+    assert turns == [[5], [6]]
 
 
 def test_a_mechanism_that_lacks_what_only_a_use_needs_trains_and_is_refused_there(monkeypatch):
