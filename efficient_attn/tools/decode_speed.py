@@ -7,7 +7,6 @@ before the clock starts. The mechanisms take turns, and the best of the turns co
 run mean something, seconds of a shared machine do not.
 """
 
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,16 +19,18 @@ from rich.progress import track
 from efficient_attn import backbones
 from efficient_attn.backbones import Input
 from efficient_attn.tools.table import row
+from efficient_attn.train.flags import run
 
 MODEL = {"depth": 4, "width": 256, "heads": 4}
 VOCAB = 256
 
 
 class Speed(NamedTuple):
-    """Seconds of the prompt and tokens a second after it; bytes that generation carries."""
+    """Seconds from the prompt to its first token, and tokens a second after it; bytes that
+    generation carries."""
 
     expression: str
-    prefill_seconds: float
+    first_seconds: float
     tokens_per_second: float
     state_bytes: int
 
@@ -52,12 +53,12 @@ def measure(
     }
     best = dict.fromkeys(runs, float("inf"))
     for _ in track(range(turns), description="turns"):
-        for which, run in runs.items():
-            best[which] = min(best[which], run())
+        for which, timed in runs.items():
+            best[which] = min(best[which], timed())
     return [
         Speed(
             expression,
-            prefill_seconds=best[expression, 1],
+            first_seconds=best[expression, 1],
             tokens_per_second=(tokens - 1) / (best[expression, tokens] - best[expression, 1]),
             state_bytes=_bytes(model),
         )
@@ -75,13 +76,13 @@ def _model(expression: str, length: int) -> Any:
 def _runner(model, prompt, count: int):
     lengths = jnp.array([prompt.shape[1]])
 
-    def run() -> float:
+    def timed() -> float:
         start = time.perf_counter()
         backbones.generate(model, prompt, lengths, max_tokens=count).block_until_ready()
         return time.perf_counter() - start
 
-    run()
-    return run
+    timed()
+    return timed
 
 
 def _bytes(model) -> int:
@@ -92,15 +93,20 @@ def _bytes(model) -> int:
 def render(found: Sequence[Speed]) -> str:
     """The table in Markdown; speeds also as multiples of the first row's."""
     lines = [
-        row(["mechanism", "tokens/s", "times the first", "prompt, s", "state, bytes"]),
+        row(["mechanism", "tokens/s", "times the first", "first token, s", "state, bytes"]),
         row(["---"] + ["--:"] * 4),
     ]
     for s in found:
         ratio = s.tokens_per_second / found[0].tokens_per_second
-        numbers = [f"{s.tokens_per_second:,.0f}", f"{ratio:.2f}", f"{s.prefill_seconds:.2f}"]
+        numbers = [f"{s.tokens_per_second:,.0f}", f"{ratio:.2f}", f"{s.first_seconds:.2f}"]
         lines.append(row([f"`{s.expression}`", *numbers, f"{s.state_bytes:,}"]))
     return "\n".join(lines)
 
 
+def main(argv: Sequence[str]) -> None:
+    """Measure the expressions that are given, and print the table."""
+    print(render(measure(argv[1:] or ["softmax", "linear", "gated_delta"])))
+
+
 if __name__ == "__main__":
-    print(render(measure(sys.argv[1:] or ["softmax", "linear", "gated_delta"])))
+    run(main)

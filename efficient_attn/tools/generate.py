@@ -7,6 +7,7 @@ Greedy unless a temperature is given. Prints the prompt and what follows it, up 
 document.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from absl import flags
 
 from efficient_attn import backbones, data
 from efficient_attn.backbones import Sampling
+from efficient_attn.data.tokenizers import Tokenizer
 from efficient_attn.errors import UserError
 from efficient_attn.evals.run import restore
 from efficient_attn.train.config import resolve
@@ -30,13 +32,14 @@ def continue_text(
     path: str | Path,
     prompt: str,
     *,
-    max_tokens: int,
+    max_tokens: int | None = None,
     sampling: Sampling,
     seed: int = 0,
     step: str = "last",
 ) -> str:
     """What the run at `path` writes after `prompt`, the beginning of a document.
 
+    max_tokens: by default 100, or what the model has room for.
     step: a number, "last", or "best" by validation.
 
     Raises:
@@ -57,17 +60,28 @@ def continue_text(
     program = build(experiment, dataset)
     _, state = restore(workdir, program, step, score(info))
     model = program.evaluated(state)
-    ids = info.tokenizer.encode(prompt, max_len=info.shape[0]) if prompt else np.zeros(0, np.int32)
+    ids = np.zeros(0, np.int32)
+    if prompt:
+        ids = info.tokenizer.encode(prompt, max_len=sys.maxsize)
     start = [] if info.end is None else [info.end]
     tokens = np.concatenate([np.array(start, np.int32), ids])
     if not len(tokens):
         raise UserError("give a prompt: this data set has no token to begin a document with")
+    if max_tokens is None:
+        max_tokens = max(1, min(100, info.shape[0] - len(tokens)))
     found = backbones.generate(
         model, jnp.asarray(tokens)[None], jnp.array([len(tokens)]), max_tokens=max_tokens,
         sampling=sampling, key=jax.random.key(seed), stop=info.end,
     )  # fmt: skip
     written = np.asarray(found[0])
-    return prompt + info.tokenizer.decode(written[(written > 0) & (written != info.end)])
+    written = written[(written > 0) & (written != info.end)]
+    return append(info.tokenizer, prompt, ids, written)
+
+
+def append(tokenizer: Tokenizer, prompt: str, ids: np.ndarray, written: np.ndarray) -> str:
+    """The prompt and, after whatever the tokenizer puts between its `ids` and them, new tokens."""
+    whole = tokenizer.decode(np.concatenate([ids, written]))
+    return prompt + whole[len(tokenizer.decode(ids)) :]
 
 
 def define() -> flags.FlagValues:
@@ -80,7 +94,8 @@ def define() -> flags.FlagValues:
     ]
     for name, default, about in text:
         flags.DEFINE_string(name, default, about, flag_values=values)
-    flags.DEFINE_integer("max_tokens", 100, "tokens to write at most", flag_values=values)
+    about = "tokens to write at most; by default 100, or what fits"
+    flags.DEFINE_integer("max_tokens", None, about, flag_values=values)
     flags.DEFINE_integer("seed", 0, "of the draws", flag_values=values)
     flags.DEFINE_integer("top_k", None, "draw from the k most likely alone", flag_values=values)
     flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token", flag_values=values)

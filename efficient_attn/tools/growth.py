@@ -7,7 +7,7 @@ says that it will hold beside inputs and outputs. Neither runs anything, so both
 same everywhere. An exponent is the slope of a straight line through the logarithms.
 """
 
-import sys
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,10 @@ from rich.progress import track
 
 from efficient_attn import attention
 from efficient_attn.attention import Site
+from efficient_attn.config import require
 from efficient_attn.tools.count import multiply_adds
-from efficient_attn.tools.table import between, row
+from efficient_attn.tools.table import between, read, row
+from efficient_attn.train.flags import run
 from kernels import Mask
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -147,8 +149,8 @@ def draw(rows: Sequence[Growth], picture: Path) -> None:
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    styles = [(color, line) for line in ("-", "--") for color in range(10)]
-    for g, (color, line) in zip(rows, styles, strict=False):
+    styles = itertools.product(("-", "--", ":", "-."), range(10))
+    for g, (line, color) in zip(rows, itertools.islice(styles, len(rows)), strict=True):
         look = {"color": f"C{color}", "linestyle": line, "marker": ".", "label": g.expression}
         left.plot(g.lengths, g.counted, **look)
         right.plot(g.lengths, [b / 2**20 for b in g.training_bytes], **look)
@@ -162,13 +164,20 @@ def draw(rows: Sequence[Growth], picture: Path) -> None:
     figure.savefig(picture)
 
 
-def main(readme: str, picture: str) -> None:
-    """Measure everything; rewrite the table of `readme` and the file `picture`."""
+def main(argv: Sequence[str]) -> None:
+    """Measure everything; rewrite the table of a README and a picture.
+
+    Raises:
+        UserError: not two files; no README to rewrite, or no place in it.
+    """
+    require(len(argv) == 3, "say which two files to write, for example README.md docs/growth.svg")
+    readme, picture = map(Path, argv[1:])
+    between(read(readme), "growth", "")  # before minutes of compiling
+    require(picture.parent.is_dir(), f"there is no directory {str(picture.parent)!r}; make it")
     rows = [measure(text) for text in track(EXPRESSIONS, description="mechanisms")]
-    path = Path(readme)
-    path.write_text(between(path.read_text(), "growth", render(rows)))
-    draw(rows, Path(picture))
+    readme.write_text(between(read(readme), "growth", render(rows)))
+    draw(rows, picture)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run(main)

@@ -5,14 +5,16 @@ python -m efficient_attn.tools.table README.md  # put them between that file's m
 """
 
 import re
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from flax import nnx
 
 from efficient_attn import attention, backbones
 from efficient_attn.backbones import Input
+from efficient_attn.config import require
 from efficient_attn.errors import UserError
+from efficient_attn.train.flags import run
 
 TOKENS = {"classes": 2, "vocab": 16}
 SMALL = {
@@ -93,9 +95,24 @@ def _linked(paper: str) -> str:
     return re.sub(r"arXiv (\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", paper)
 
 
-if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        path = Path(sys.argv[1])
-        path.write_text(put(path.read_text()))
+def read(path: Path) -> str:
+    """The text of the file that is to have a table.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    require(path.is_file(), f"there is no file {str(path)!r} to put a table in")
+    return path.read_text()
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the tables, or put them into the file that is given."""
+    if len(argv) > 1:
+        path = Path(argv[1])
+        path.write_text(put(read(path)))
     else:
         print(render(), render_backbones(), sep="\n\n")
+
+
+if __name__ == "__main__":
+    run(main)

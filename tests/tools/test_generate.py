@@ -4,6 +4,7 @@ import pytest
 
 from efficient_attn.backbones import Sampling
 from efficient_attn.backbones.sampling import GREEDY
+from efficient_attn.data.tokenizers import Bytes, Chars, Words
 from efficient_attn.errors import UserError
 from efficient_attn.tools import generate
 from efficient_attn.train.config import resolve
@@ -46,12 +47,30 @@ def test_it_goes_on_as_the_text_does(song, capsys):
     assert all(text.startswith("do re") for text in drawn)
 
 
+def test_what_stands_between_tokens_stands_between_prompt_and_answer():
+    for tokenizer, told in (
+        (Words.build(["to be or not"], vocab=9), "To be or not"),
+        (Chars.build(["to be or not"], vocab=99), "To be or not"),
+        (Bytes(), "To be or not"),
+    ):
+        ids = tokenizer.encode("To be", max_len=99)
+        written = tokenizer.encode("to be or not", max_len=99)[len(ids) :]
+        assert generate.append(tokenizer, "To be", ids, written) == told
+        assert generate.append(tokenizer, "", ids[:0], written).strip() == "or not"
+
+
+def test_it_writes_what_fits_unless_it_is_told_how_much(song):
+    text = generate.continue_text(song, SONG[:4], sampling=GREEDY)
+    assert text == (SONG * 2)[:31]  # and the beginning of a document: 32
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ([], "say which run"),
         (["--workdir=nowhere"], "nowhere holds no run"),
         (["--workdir=RUN", "--max_tokens=40"], "a prompt of 1 tokens and max_tokens=40 make more"),
+        (["--workdir=RUN", f"--prompt={SONG * 3}"], "a prompt of 67 tokens and max_tokens=1 make"),
         (["--workdir=RUN", "--top_p=2"], r"top_p=2.0 is not in \(0, 1\]"),
         (["--workdir=RUN", "--step=7"], "there is no checkpoint --step=7"),
         (["--workdir=RUN", "prompt"], "'prompt' is not a flag"),

@@ -2,11 +2,13 @@
 
 import functools
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from efficient_attn import attention
+from efficient_attn.errors import UserError
 from efficient_attn.tools import growth
 from tests.conftest import ROOT
 
@@ -63,5 +65,28 @@ def test_the_table_and_the_picture_hold_every_row(tmp_path):
     table = growth.render(rows).splitlines()
     assert len(table) == 4 and table[2].startswith("| `linear` | 1.00 | 1.00 |")
     assert re.match(r"\| `softmax` \| 1\.\d\d \|", table[3])
-    growth.draw(rows, tmp_path / "growth.svg")
-    assert "<svg" in (tmp_path / "growth.svg").read_text()
+    many = [replace(rows[0], expression=f"number {i}") for i in range(25)]
+    growth.draw(many, tmp_path / "growth.svg")
+    drawn = (tmp_path / "growth.svg").read_text()
+    assert all(f"<!-- number {i} -->" in drawn for i in range(25))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "say which two files to write, for example README.md docs/growth.svg"),
+        (["nowhere.md", "growth.svg"], "there is no file 'nowhere.md'"),
+        (["EMPTY", "growth.svg"], "no <!-- growth --> ... <!-- /growth --> to put the table"),
+        (
+            [str(ROOT / "README.md"), "nowhere/growth.svg"],
+            "there is no directory 'nowhere'; make it",
+        ),
+    ],
+    ids=str,
+)
+def test_wrong_files_are_refused_before_anything_is_compiled(words, message, tmp_path, monkeypatch):
+    empty = tmp_path / "empty.md"
+    empty.touch()
+    monkeypatch.setattr(growth, "measure", lambda text: pytest.fail("measured"))
+    with pytest.raises(UserError, match=message):
+        growth.main(["growth", *(w.replace("EMPTY", str(empty)) for w in words)])
