@@ -12,8 +12,8 @@ symbols and size of model of the paper that the task is from, and has not been r
 Traps of "paper": of mqar it has the 100,000 sequences and 64 epochs of the code of figure 2, but
 that code has no MLP, learned positions (here rotary; --config.model.positions=learned), a dropout
 of 0.1 on the embeddings and of the attention (here none), no warm-up, and stops at 99 %. The others
-draw new sequences at each step in their papers; here 50,000 come back, in up to 512 epochs, unless
---config.data.probes.train is raised. The 10,000 steps of copy are ours.
+have 50,000 sequences, our number, which come back for up to 512 epochs unless
+--config.data.probes.train is raised. The 10,000 steps of copy are ours as well.
 
 Reported: the accuracy over the tokens that can be known, 100 % for a model that has the ability.
 Expect of softmax, seed 0, on 1,000 test sequences: mqar 100.0 % after 1,000 steps (35 s); and in
