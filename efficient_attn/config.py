@@ -45,12 +45,22 @@ def _coerce(value: Any, hint: Any, *, where: str) -> Any:
     members = typing.get_args(hint) or (hint,)
     if isinstance(value, int) and not isinstance(value, bool) and float in members:
         value = float(value) if int not in members else value
-    wrong_bool = isinstance(value, bool) and bool not in members and not _literal(hint, value)
-    if wrong_bool or not is_bearable(value, hint):  # type: ignore[arg-type]
+    if not _fits(value, hint):
         raise UserError(f"{where} must be {describe(hint)}, not {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where} must be a finite number, not {value!r}")
     return value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether the value is of this type: no bool for an int, and every element of a tuple fits."""
+    members = typing.get_args(hint) or (hint,)
+    if isinstance(value, tuple):  # of which beartype tries one element, drawn at random
+        kinds = [kind for kind in (hint, *members) if typing.get_origin(kind) is tuple]
+        return any(all(_fits(x, typing.get_args(kind)[0]) for x in value) for kind in kinds)
+    if isinstance(value, bool) and bool not in members and not _literal(hint, value):
+        return False
+    return is_bearable(value, hint)
 
 
 def _literal(hint: Any, value: Any) -> bool:

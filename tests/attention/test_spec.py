@@ -96,3 +96,16 @@ def test_a_mistake_gets_one_sentence(text, message):
 def test_values_are_literals_or_mechanisms(value):
     with pytest.raises(UserError):
         attention.pattern(f"linformer(rank={value})", 1)
+
+
+@pytest.mark.parametrize(
+    ("option", "good", "bad"),
+    [("reformer(buckets", 4, 2.0), ("longformer(window", 8, "x"), ("longformer(window", 8, True),
+     ("synthesizer(mixture", "dense", "vanila")],
+)  # fmt: skip
+def test_every_element_of_a_tuple_is_checked_every_time(option, good, bad):
+    for index in range(3):
+        values = (good,) * index + (bad,) + (good,) * (2 - index)
+        for _ in range(20):
+            with pytest.raises(UserError, match="must be .*a tuple of .*, not"):
+                attention.pattern(f"{option}={values})", 1)
