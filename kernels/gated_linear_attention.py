@@ -35,6 +35,7 @@ def gated_linear_attention(
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H R Dv"]]:
     """Outputs in v's dtype, and the state after the last token in float32.
 
+    Sums are held in float32 (for their precision see `kernels.recurrence`).
     Chunks of `chunk` tokens run in parallel inside and one after the other: T (chunk (G R + H Dv) +
     2 H R Dv) multiply-adds, memory linear in T. `log_decay` is at most 0 and may be as low as
     float32 goes. G groups of queries and keys serve H heads, G dividing H; a decay per channel
@@ -119,7 +120,8 @@ def _channels(state, tokens, reach: Reach, *, block: int):
     q, k, g = (rearrange(x, "b (m u) h r -> b m u h r", u=block) for x in (q, k, log_decay))
     blocks = q.shape[1]
     since = jnp.cumsum(g, axis=2)
-    until = jnp.flip(jnp.cumsum(jnp.flip(g, 2), axis=2), 2) - g
+    later = jnp.pad(g[:, :, 1:], [(0, 0), (0, 0), (0, 1), (0, 0), (0, 0)])
+    until = jnp.flip(jnp.cumsum(jnp.flip(later, 2), axis=2), 2)
     total = since[:, :, -1]
 
     over = jnp.broadcast_to(total[:, :, None], (total.shape[0], blocks, *total.shape[1:]))

@@ -54,6 +54,24 @@ def test_decays_of_e_to_the_minus_20_beside_none_at_all(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cut", [-1e7, -np.inf])
+@pytest.mark.parametrize("at", [0, 15, 20, 39])
+def test_one_token_that_forgets_everything_leaves_the_others_precise(at, cut, kind):
+    """No sum may hold its decay but those that pass over it."""
+    given = {name: x.astype(np.float64) for name, x in problem(40, kind).items()}
+    given["log_decay"] = np.full_like(given["log_decay"], -0.1)
+    given["log_decay"][:, at] = cut
+    out, state = run(**{n: jnp.asarray(x, jnp.float32) for n, x in given.items()}, chunk=40)
+    memory, fading = given["initial_state"], np.exp(given["log_decay"])
+    fading = fading[..., None] if kind == "channel" else fading[..., None, None]
+    for t in range(40):
+        memory = memory * fading[:, t] + given["k"][:, t, :, :, None] * given["v"][:, t, :, None]
+        expected = np.einsum("bhr,bhrd->bhd", given["q"][:, t], memory)
+        np.testing.assert_allclose(out[:, t], expected, rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(state, memory, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_halves_give_the_whole(kind):
     halves_give_the_whole(run, problem(50, kind), 50, 21, chunk=16)
 
