@@ -69,7 +69,7 @@ class Recurrent(Mixer):
         """Causal self-attention only; a context, or a mask that is not causal, is refused."""
         refuse_context(self.label, context)
         refuse_mask(self.label, mask, self.supports)
-        return self._together(*self.enter(x), mask=mask, positions=positions)[0]
+        return self._run(*self.enter(x), mask=mask, positions=positions)[0]
 
     def init_state(self, batch, dtype):
         """An empty memory, float32 whatever `dtype`, and no inputs yet."""
@@ -90,13 +90,13 @@ class Recurrent(Mixer):
         """The prompt in parallel; the state is that of each row's last token."""
         streams, aside = self.enter(x)
         mask = Mask(causal=True, keys=keys)
-        out, memory = self._together(streams, aside, mask=mask, memory=state.memory)
+        out, memory = self._run(streams, aside, mask=mask, memory=state.memory)
         inputs = state.inputs
         if self.conv is not None:
             inputs = self.conv.last(streams, inputs, keys=keys)
         return out, RecurrentState(memory, inputs)
 
-    def _together(self, streams, aside, *, mask: Mask, positions=None, memory=None):
+    def _run(self, streams, aside, *, mask: Mask, positions=None, memory=None):
         if self.conv is not None:
             streams = self.conv(streams, mask=mask)
         positions = jnp.arange(streams.shape[1])[None] if positions is None else positions
@@ -188,8 +188,9 @@ def head_norm(
     if kind == "rms":
         return nnx.RMSNorm(width, epsilon=epsilon, use_scale=use_scale, dtype=site.dtype, rngs=rngs)
     return nnx.LayerNorm(
-        width, epsilon=epsilon, use_scale=use_scale, use_bias=False, dtype=site.dtype, rngs=rngs
-    )
+        width, epsilon=epsilon, use_scale=use_scale, use_bias=False, use_fast_variance=False,
+        dtype=site.dtype, rngs=rngs,
+    )  # fmt: skip
 
 
 def expanded(label: str, option: str, factor: float, site: Site) -> int:
