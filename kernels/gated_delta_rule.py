@@ -8,6 +8,8 @@ what k_t pointed to by v_t, b = 2 reflects it (arXiv 2411.12537). A token that `
 skipped: it writes nothing and lets nothing fade. A new segment starts from an empty state.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -31,6 +33,7 @@ def gated_delta_rule(
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H R Dv"]]:
     """Outputs in v's dtype, and the state after the last token in float32.
 
+    Sums are held in float32 (for their precision see `kernels.recurrence`).
     Chunks of `chunk` tokens run in parallel inside and one after the other: T (chunk (2 R + 2 Dv +
     chunk / 3) + 3 R Dv) multiply-adds a head, memory linear in T. `log_decay` is at most 0.
     `initial_state` belongs to the segment of the first token, the one returned to that of the last:
@@ -99,6 +102,9 @@ def _chunk(state, tokens, reach: Reach):
     return state * left.keep[..., None, None] + new, out
 
 
+_product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
 @jax.custom_jvp
 def unit_lower_inverse(a: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
     """(I + A)^-1, A being what `a` has below its diagonal; C (C^2 - 1) / 3 multiply-adds.
@@ -106,7 +112,7 @@ def unit_lower_inverse(a: Float[Array, "*batch C C"]) -> Float[Array, "*batch C 
     Blocks of 1, 2, 4, ... rows are inverted two by two: [[F, 0], [L, S]]^-1 = [[F', 0], [-S' L F',
     S']]. No power of A is formed: those of a repeated key are binomials, which float32 cannot
     subtract, where the inverse has entries of the size of A's. An eighth of the time of LAPACK's
-    triangular solve on a CPU, and matrix products alone.
+    triangular solve on a CPU, and matrix products alone, of float32's own precision everywhere.
     """
     rows, lead = a.shape[-1], a.shape[:-2]
     size = 1 << (rows - 1).bit_length()
@@ -116,7 +122,7 @@ def unit_lower_inverse(a: Float[Array, "*batch C C"]) -> Float[Array, "*batch C 
         pairs = a.reshape(*lead, size // (2 * half), 2, half, size // (2 * half), 2, half)
         low = jnp.diagonal(pairs[..., 1, :, :, 0, :], axis1=-4, axis2=-2)
         first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
-        low = -(second @ jnp.moveaxis(low, -1, -3) @ first)
+        low = -_product(_product(second, jnp.moveaxis(low, -1, -3)), first)
         above = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
         inverse = jnp.concatenate([above, jnp.concatenate([low, second], axis=-1)], axis=-2)
         half *= 2
@@ -126,4 +132,4 @@ def unit_lower_inverse(a: Float[Array, "*batch C C"]) -> Float[Array, "*batch C 
 @unit_lower_inverse.defjvp
 def _unit_lower_inverse_jvp(primals, tangents):
     inverse = unit_lower_inverse(*primals)
-    return inverse, -(inverse @ jnp.tril(tangents[0], -1) @ inverse)
+    return inverse, -_product(_product(inverse, jnp.tril(tangents[0], -1)), inverse)

@@ -74,6 +74,13 @@ def test_the_inverse_is_one(rows):
         np.testing.assert_array_equal(np.triu(got, 1), 0)
 
 
+def test_the_inverse_is_made_at_full_precision_on_every_device():
+    a = jnp.zeros((8, 8))
+    traced = str(jax.make_jaxpr(lambda a: jax.jvp(unit_lower_inverse, (a,), (a,)))(a))
+    precise = "precision=(Precision.HIGHEST, Precision.HIGHEST)"
+    assert traced.count("dot_general[") == traced.count(precise) == 3 * 2 + 2
+
+
 def test_two_halves_give_the_whole():
     halves_give_the_whole(run, problem(50), 50, 21, chunk=16)
 
