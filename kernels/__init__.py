@@ -15,6 +15,7 @@ from kernels.linear_attention import (
     linear_attention_step,
 )
 from kernels.local_conv import last_inputs, local_conv, local_conv_step
+from kernels.lsh_attention import lsh_attention
 from kernels.mask import Mask
 from kernels.softmax_attention import softmax_attention
 from kernels.window_attention import window_attention
@@ -37,6 +38,7 @@ __all__ = [
     "linear_attention_step",
     "local_conv",
     "local_conv_step",
+    "lsh_attention",
     "softmax_attention",
     "window_attention",
 ]

@@ -58,6 +58,7 @@ def lsh_attention(
             "lsh_attention has no segments, and in the layout 'sorted' no causal mask; "
             "use the layout 'bucket'"
         )
+    chunk = min(chunk, q.shape[1])
     run = choose("lsh_attention", backend, {"xla": _xla})
     return run(q, v, buckets, count=count, chunk=chunk, layout=layout, mask=mask)
 
@@ -109,6 +110,22 @@ def _xla(q, v, buckets, *, count, chunk, layout, mask: Mask):
     return jax.vmap(heads, in_axes=(0, 0, 1, 0))(q, v, buckets, valid)
 
 
+def ranks(bucket: Int[Array, " T"]) -> Int[Array, " T"]:
+    """How many tokens before each are in its bucket."""
+    _, slot, rank = _sorted(bucket)
+    return rank[slot]
+
+
+def _sorted(bucket: Int[Array, " T"]):
+    """Tokens by (bucket, position), where each then stands, and ranks in the bucket, sorted."""
+    at = jnp.arange(len(bucket))
+    order = jnp.argsort(bucket, stable=True)
+    slot = jnp.zeros_like(order).at[order].set(at)
+    ordered = bucket[order]
+    starts = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
+    return order, slot, at - jax.lax.cummax(jnp.where(starts, at, 0))
+
+
 def _place(bucket: Int[Array, " T"], valid: Bool[Array, " T"], *, count, chunk, layout) -> Places:
     """The places of one round and head."""
     at = jnp.arange(len(bucket))
@@ -117,13 +134,9 @@ def _place(bucket: Int[Array, " T"], valid: Bool[Array, " T"], *, count, chunk, 
         bucket = jnp.where(last >= 0, bucket[jnp.maximum(last, 0)], count)
     else:
         bucket = jnp.where(valid, bucket, count)
-    order = jnp.argsort(bucket, stable=True)
-    slot = jnp.zeros_like(order).at[order].set(at)
+    order, slot, rank = _sorted(bucket)
     if layout == "sorted":
         return Places(bucket, slot // chunk, slot // chunk - 1, slot % chunk)
-    ordered = bucket[order]
-    starts = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
-    rank = at - jax.lax.cummax(jnp.where(starts, at, 0))  # in the bucket, in sorted order
     opens = (rank % chunk == 0)[slot]
     opened = (jnp.cumsum(opens) - 1)[order]  # chunks are numbered as they are begun
     first = at - rank % chunk

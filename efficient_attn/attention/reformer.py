@@ -20,7 +20,8 @@ from efficient_attn.attention.base import (
 from efficient_attn.attention.multihead import linear
 from efficient_attn.config import at_least, require
 from efficient_attn.layers.positions import rotate
-from kernels.lsh_attention import Layout, chunks, lsh_attention, unit
+from kernels import Mask
+from kernels.lsh_attention import Layout, chunks, lsh_attention, ranks, unit
 from kernels.masked_softmax import masked_softmax
 
 
@@ -70,15 +71,18 @@ class Reformer(Mixer):
                 self.eval_rounds is None or self.eval_rounds > 0,
                 f"eval_rounds={self.eval_rounds} must be positive, or None for those of training",
             )
-            parts = (self.buckets,) if isinstance(self.buckets, int) else self.buckets or (2,)
+            parts = (self.buckets,) if isinstance(self.buckets, int) else self.buckets
             require(
-                self.buckets == 1 or all(part > 0 and part % 2 == 0 for part in parts),
+                parts is None
+                or parts == (1,)
+                or (len(parts) > 0 and all(part > 0 and part % 2 == 0 for part in parts)),
                 f"buckets={self.buckets} must be even numbers, or 1: half of the directions are "
                 "the others turned round",
             )
 
     paper = "Reformer: The Efficient Transformer, arXiv 2001.04451"
     supports = frozenset({"padding", "causal", "bidirectional", "decode"})
+    remedy = "layout='bucket'"
 
     def __init__(self, config, site, *, rngs, shared):
         require(
@@ -88,6 +92,7 @@ class Reformer(Mixer):
         self.config, self.site = config, site
         self.allowed = self.capabilities(config)
         self.query = linear(site.width, replace(site, dtype=jnp.float32), rngs=rngs)
+        self.query.precision = jax.lax.Precision.HIGHEST
         self.value = linear(site.width, site, rngs=rngs)
         self.out = linear(site.width, site, rngs=rngs)
         self.key = Buffer(jax.random.key_data(rngs.params()))
@@ -102,8 +107,9 @@ class Reformer(Mixer):
     def cost(cls, config, site, length):
         """Of evaluation: projections, hashes, and 4 C^2 D for each chunk of each round."""
         parts, rounds = _parts(config, site), config.eval_rounds or config.rounds
-        size = chunks(length, count=math.prod(parts), chunk=config.chunk, layout=config.layout)
-        attend = rounds * size * 4 * config.chunk**2 * site.width
+        chunk = min(config.chunk, length)
+        size = chunks(length, count=math.prod(parts), chunk=chunk, layout=config.layout)
+        attend = rounds * size * 4 * chunk**2 * site.width
         hashes = rounds * length * site.width * sum(part // 2 for part in parts)
         kept = 4 * length * (2 * site.width + 2 * site.heads * rounds)
         decodes = "decode" in cls.capabilities(config)
@@ -115,12 +121,7 @@ class Reformer(Mixer):
         refuse_mask("reformer", mask, self.allowed)
         q, v = self._project(x, jnp.arange(x.shape[1])[None] if positions is None else positions)
         rounds = self._eval_rounds if rngs is None else self.config.rounds
-        out = lsh_attention(
-            q, v, self.hash(q, rounds),
-            count=math.prod(_parts(self.config, self.site)), chunk=self.config.chunk,
-            layout=self.config.layout, mask=mask, backend=self.site.backend,
-        )  # fmt: skip
-        return self._join(out)
+        return self._attend(q, v, self.hash(q, rounds), mask)
 
     def hash(self, q: Float[Array, "B T H D"], rounds: int) -> Int[Array, "R B T H"]:
         """The bucket of each query in each of the first `rounds` rounds."""
@@ -170,6 +171,25 @@ class Reformer(Mixer):
         )
         return self._join(out[:, None]), state
 
+    def prefill(self, x, state, *, keys):
+        """All tokens at once; a chunk is counted by the tokens of the bucket before it."""
+        q, v = self._project(x, jnp.arange(x.shape[1])[None])
+        buckets = self.hash(q, self._eval_rounds)
+        out = self._attend(q, v, buckets, Mask(causal=True, keys=keys))
+        buckets = rearrange(buckets, "r b t h -> b h r t")
+        chunk = jnp.vectorize(ranks, signature="(t)->(t)")(buckets) // self.config.chunk
+        here, length = keys[:, :, None, None], x.shape[1]
+        buckets, chunk = (rearrange(part, "b h r t -> b t h r") for part in (buckets, chunk))
+        state = ReformerState(
+            *(
+                cache.at[:, :length].set(jnp.where(here, part, empty).astype(cache.dtype))
+                for cache, part, empty in zip(
+                    state, (unit(q), v, buckets, chunk), (0, 0, -1, 0), strict=True
+                )
+            )
+        )
+        return out, state
+
     def refresh(self, step: jax.Array) -> None:
         """Redraw the rotations where `step` is a multiple of `redraw`.
 
@@ -195,6 +215,14 @@ class Reformer(Mixer):
             for part in (self.query, self.value)
         )
         return (rotate(q, positions) if self.site.positions == "rotary" else q), v
+
+    def _attend(self, q, v, buckets, mask: Mask):
+        out = lsh_attention(
+            q, v, buckets,
+            count=math.prod(_parts(self.config, self.site)), chunk=self.config.chunk,
+            layout=self.config.layout, mask=mask, backend=self.site.backend,
+        )  # fmt: skip
+        return self._join(out)
 
     def _join(self, out):
         return self.out(rearrange(out, "b t h d -> b t (h d)"))

@@ -70,6 +70,16 @@ def test_examples_of_a_batch_may_stand_at_different_positions(expression, positi
 
 
 @pytest.mark.parametrize("expression", those_with("decode"))
+def test_a_prompt_is_read_in_parallel(expression):
+    """Not a scan over its tokens: the longest loop is shorter."""
+    mixer = holder(expression).mixer
+    state = jax.eval_shape(lambda: mixer.init_state(1, jnp.float32))
+    x, keys = jax.ShapeDtypeStruct((1, 97, support.WIDTH), jnp.float32), jnp.ones((1, 97), bool)
+    traced = str(jax.make_jaxpr(lambda x, state: mixer.prefill(x, state, keys=keys))(x, state))
+    assert "length=97" not in traced
+
+
+@pytest.mark.parametrize("expression", those_with("decode"))
 def test_the_state_has_the_bytes_that_cost_says(expression):
     mixer = holder(expression).mixer
     state = jax.eval_shape(lambda: mixer.init_state(1, jnp.float32))

@@ -116,6 +116,23 @@ def test_queries_are_not_rounded_before_they_are_hashed():
     assert half(x, mask=Mask(), shared={}).dtype == jnp.bfloat16
 
 
+def test_queries_are_hashed_at_full_precision_on_every_device():
+    one, x = mixer(), x_of()
+    traced = jax.make_jaxpr(lambda x: one.hash(one.query(x).reshape(2, 16, 4, 8), 1))(x)
+    said = [eqn.params["precision"] for eqn in traced.eqns if eqn.primitive.name == "dot_general"]
+    assert said == [(jax.lax.Precision.HIGHEST,) * 2] * 2
+
+
+@pytest.mark.parametrize("layout", ["bucket", "sorted"])
+def test_a_chunk_longer_than_the_sequence_costs_no_more_than_the_sequence(layout):
+    where = support.site(width=64, seq=17)
+    short, long = (
+        attention.cost(f"reformer(chunk={chunk}, buckets=2, layout={layout!r})", where, 17)
+        for chunk in (17, 64)
+    )
+    assert short == long
+
+
 @pytest.mark.parametrize("layout", ["bucket", "sorted"])
 def test_the_work_does_not_grow_with_the_square_of_the_length(layout):
     """At lengths of the site: with their hashes, which have as many buckets as there are chunks."""
@@ -133,6 +150,7 @@ def test_the_work_does_not_grow_with_the_square_of_the_length(layout):
         ({"buckets": 3}, "buckets=3 must be even numbers, or 1"),
         ({"buckets": (2, 3)}, r"buckets=\(2, 3\) must be even"),
         ({"buckets": 0}, "buckets=0 must be even"),
+        ({"buckets": ()}, r"buckets=\(\) must be even"),
         ({"rounds": 0}, "rounds must be at least 1, not 0"),
         ({"chunk": 0}, "chunk must be at least 1, not 0"),
         ({"redraw": -1}, "redraw must be at least 0, not -1"),
