@@ -59,6 +59,7 @@ class BigBird(Core):
 
     def __call__(self, q, k, v, *, mask, shared):
         """The blocks that see some, and those that see all; see `kernels.block_attention`."""
+        mask.check(q.shape[1], k.shape[1])
         site = self.site
         slopes = self.slopes()
         parts = [
@@ -74,7 +75,7 @@ def bigbird_blocks(
 ) -> tuple[Blocks, ...]:
     """The queries of ordinary and of global blocks, those that exist, with the blocks they see."""
     listed, dense = _graph(config, max(seq, length), heads, layer)
-    at = runs(length, config.block)
+    at = runs(length, min(config.block, length))
     count = len(at)
     table = np.where(listed[:, :count, :count], np.arange(count)[None, None], -1)
     kinds = []

@@ -35,7 +35,7 @@ class Sinkhorn(Mixer):
 
     @dataclass(frozen=True)
     class Config:
-        """block: tokens of a block; a sequence is filled up to whole blocks.
+        """block: tokens of a block; a longer sequence is filled up to whole blocks.
         iterations: of normalising rows, then columns.
         temperature: below 1 sharpens S.
         noise: added to P(x') in training, "gumbel" or "none".
@@ -76,7 +76,7 @@ class Sinkhorn(Mixer):
     @classmethod
     def cost(cls, config, site, length):
         """Projections, sorting, moving (each of N x N blocks, or n x N) and attending."""
-        block, width = config.block, site.width
+        block, width = min(config.block, length), site.width
         number = -(-length // block)
         taken = number if config.sortcut is None else min(config.sortcut, number)
         sort = number**2 * width * site.heads
@@ -188,7 +188,8 @@ def sinkhorn(
 
 
 def blocks(x: Array, block: int) -> Array:
-    """[B,T,...] -> [B,N,C,...], filled up with zeros or False."""
+    """[B,T,...] -> [B,N,C,...], filled up with zeros or False; C is `block` or, if less, T."""
+    block = min(block, x.shape[1])
     pad = [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2)
     return rearrange(jnp.pad(x, pad), "b (n c) ... -> b n c ...", c=block)
 

@@ -1,11 +1,14 @@
 """What is special to BigBird: the blocks that a block sees, and which of them are drawn."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efficient_attn import attention
 from efficient_attn.attention.bigbird import BigBird
 from efficient_attn.errors import UserError
 from kernels import Mask
+from tests import support
 from tests.attention.visible import core, exact, growth, qkv, run, sets
 
 
@@ -75,3 +78,18 @@ def test_what_does_not_fit_is_refused():
     ):
         with pytest.raises(UserError, match=message):
             core(BigBird, options=options)
+
+
+def test_a_sequence_of_no_tokens_is_refused():
+    empty = jnp.zeros((1, 0, 4, 32))
+    with pytest.raises(ValueError, match="0 queries and 0 keys: give at least one of each"):
+        core(BigBird)(empty, empty, empty, mask=Mask(), shared={})
+
+
+def test_a_block_longer_than_the_sequence_is_softmax_at_its_cost():
+    q, k, v = qkv(17)
+    made = core(BigBird, length=64, width=32, options={"block": 64})
+    np.testing.assert_allclose(run(made, q, k, v), exact(q, k, v), rtol=1e-6, atol=1e-6)
+    where = support.site(seq=64)
+    costs = [attention.cost(text, where, 17).multiply_adds for text in ("bigbird", "softmax")]
+    assert costs[0] == costs[1]

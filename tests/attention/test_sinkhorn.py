@@ -171,6 +171,16 @@ def test_sortcut_does_linear_work():
     assert np.log(cost[1] / cost[0]) / np.log(16) < 1.2  # scores are of (T / 64)^2 blocks
 
 
+def test_a_block_longer_than_the_sequence_costs_no_more_than_the_sequence():
+    whole, longer, x = mixer(block=17, seq=17), mixer(block=20, seq=17), x_of(17)
+    nnx.update(longer, nnx.state(whole))
+    np.testing.assert_allclose(call(longer, x), call(whole, x), rtol=1e-6, atol=1e-6)
+    costs = [
+        attention.cost(f"sinkhorn(block={block})", support.site(seq=17), 17) for block in (17, 64)
+    ]
+    assert costs[0] == costs[1]
+
+
 def test_a_longer_sequence_than_it_was_built_for_is_refused():
     with pytest.raises(ValueError, match="25 tokens, but sinkhorn was built for 24"):
         call(mixer(), x_of(25))
