@@ -3,13 +3,15 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from flax import nnx
 
 from efficient_attn.attention.base import Core, Cost, refuse_context, refuse_mask
 from efficient_attn.attention.local import newest, reach, shifted
-from efficient_attn.attention.multihead import MultiHead, linear
+from efficient_attn.attention.multihead import MultiHead
 from efficient_attn.attention.softmax import KeyValueCache
 from efficient_attn.config import at_least, require
 from efficient_attn.layers.positions import rotate
@@ -35,7 +37,8 @@ class Longformer(MultiHead):
         dilated: heads with that dilation, the last ones; the others have none. None is all heads.
         tokens: global tokens, at the beginning.
         projections: "separate" gives global tokens' attention queries, keys and values of its own,
-        "shared" those of the windows (the paper's ablation, table 10).
+        which begin as copies of the windows' (section 3.1), "shared" those of the windows (the
+        paper's ablation, table 10).
         """
 
         window: int | tuple[int, ...] = 512
@@ -60,6 +63,7 @@ class Longformer(MultiHead):
 
     paper = "Longformer: The Long-Document Transformer, arXiv 2004.05150"
     supports = frozenset({"padding", "causal", "bidirectional", "segments", "decode", "alibi"})
+    remedy = "tokens=0"
 
     core: "Sliding"
 
@@ -72,9 +76,9 @@ class Longformer(MultiHead):
         super().__init__(core, capabilities=self.capabilities(config), rngs=rngs)
         self.config = config
         if config.tokens and config.projections == "separate":
-            self.global_query = linear(site.width, site, rngs=rngs)
-            self.global_key = linear(site.width, site, rngs=rngs)
-            self.global_value = linear(site.width, site, rngs=rngs)
+            self.global_query, self.global_key, self.global_value = (
+                _copy(each) for each in (self.query, self.key, self.value)
+            )
 
     @classmethod
     def capabilities(cls, config):
@@ -191,6 +195,11 @@ class Sliding(Core):
     @property
     def _groups(self):
         return _groups(self.config, self.site.heads, self.site.layer)
+
+
+def _copy(module: nnx.Module) -> nnx.Module:
+    graph, state = nnx.split(module)
+    return nnx.merge(graph, jax.tree.map(jnp.copy, state))
 
 
 def _groups(config: Longformer.Config, heads: int, layer: int) -> list[tuple[int, int, int, int]]:

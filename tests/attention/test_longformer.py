@@ -69,6 +69,16 @@ def test_all_tokens_global_is_softmax_by_their_own_projections():
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_projections_of_the_global_tokens_begin_as_those_of_the_windows():
+    """Copies (2004.05150, section 3.1), in arrays of their own, which a step may donate."""
+    made = attention.build("longformer", support.site(), needs=(), rngs=nnx.Rngs(0))
+    for name in ("query", "key", "value"):
+        pair = (nnx.state(getattr(made, prefix + name)) for prefix in ("", "global_"))
+        for one, other in zip(*map(jax.tree.leaves, pair), strict=True):
+            np.testing.assert_array_equal(one, other)
+            assert one.unsafe_buffer_pointer() != other.unsafe_buffer_pointer()
+
+
 def test_a_global_token_sees_all_and_is_seen_by_all():
     """And one that is not is seen by its neighbours and the global tokens alone."""
     made = support.holder("longformer(window=4, tokens=2)").mixer
