@@ -65,8 +65,10 @@ __all__ = [
     "cost",
     "describe",
     "diagnose",
+    "options",
     "pattern",
     "refresh",
+    "require_able",
 ]
 
 MIXERS: dict[str, type[Mechanism]] = {
@@ -120,18 +122,24 @@ def build(
     needs = frozenset(needs)
     for need in sorted(needs - set(CAPABILITIES)):
         raise unknown("capability", need, CAPABILITIES)
-    missing = needs - choice.mechanism.capabilities(choice.config)
-    if missing:
-        able = _able(needs)
-        raise UserError(
-            f"{choice} does not support {', '.join(sorted(missing))}, which this model needs; "
-            + (f"use one of: {', '.join(able)}" if able else "no mechanism does yet")
-        )
+    require_able(choice, needs, what="this model")
     return make_mixer(choice, site, rngs=rngs, shared={} if shared is None else shared)
 
 
-def _able(needs: frozenset[str]) -> list[str]:
-    return [name for name, cls in MIXERS.items() if needs <= cls.capabilities(cls.Config())]
+def require_able(choice: Choice, needs: Iterable[str], *, what: str) -> None:
+    """Raise UserError, with what would do, unless `choice` supports all that `what` needs."""
+    needs, mechanism = frozenset(needs), choice.mechanism
+    missing = needs - mechanism.capabilities(choice.config)
+    if not missing:
+        return
+    able = [name for name, cls in MIXERS.items() if needs <= cls.capabilities(cls.Config())]
+    lifted = mechanism.remedy and needs <= mechanism.supports
+    remedies = [f"set {mechanism.remedy}"] if lifted else []
+    remedies += [f"use one of: {', '.join(able)}"] if able else []
+    raise UserError(
+        f"{choice} does not support {', '.join(sorted(missing))}, which {what} needs; "
+        + (" or ".join(remedies) or "no mechanism does yet")
+    )
 
 
 def cost(choice: Choice | str, site: Site, length: int) -> Cost:
@@ -202,14 +210,15 @@ def describe() -> list[Row]:
                 summary=(cls.__doc__ or "").strip().splitlines()[0],
                 paper=cls.paper,
                 supports=tuple(c for c in CAPABILITIES if c in cls.capabilities(config)),
-                options=_options(config),
+                options=options(config),
                 notes=inspect.cleandoc(cls.Config.__doc__ or ""),
             )
         )
     return rows
 
 
-def _options(config: Any) -> tuple[Option, ...]:
+def options(config: Any) -> tuple[Option, ...]:
+    """The options of a frozen dataclass, with its values for defaults."""
     hints = typing.get_type_hints(type(config))
     return tuple(
         Option(f.name, describe_type(hints[f.name]), written(getattr(config, f.name)))

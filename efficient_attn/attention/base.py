@@ -74,7 +74,10 @@ class Cost(NamedTuple):
 
 
 class Mechanism(nnx.Module):
-    """What cores and mixers have in common: options, capabilities and cost, stated as data."""
+    """What cores and mixers have in common: options, capabilities and cost, stated as data.
+
+    `remedy` is the option that brings all of `supports`, where another value takes some of it away.
+    """
 
     @dataclass(frozen=True)
     class Config:
@@ -82,6 +85,7 @@ class Mechanism(nnx.Module):
 
     paper: ClassVar[str]
     supports: ClassVar[frozenset[str]] = frozenset()
+    remedy: ClassVar[str] = ""
 
     @classmethod
     def capabilities(cls, config: Any) -> frozenset[str]:

@@ -56,6 +56,7 @@ class Sparse(Core):
 
     paper = "Generating Long Sequences with Sparse Transformers, arXiv 1904.10509"
     supports = frozenset({"padding", "causal", "bidirectional", "segments", "decode", "alibi"})
+    remedy = "pattern='strided'"
 
     def __init__(self, config, site, *, rngs, shared):
         super().__init__(config, site, rngs=rngs, shared=shared)
@@ -86,6 +87,7 @@ class Sparse(Core):
 
     def __call__(self, q, k, v, *, mask, shared):
         """Both sets for each group of heads, joined; see `kernels.block_attention`."""
+        mask.check(q.shape[1], k.shape[1])
         outs = []
         for group in self._groups:
             heads = slice(group.first, group.last)

@@ -80,15 +80,7 @@ def refuse_kind(name: str, kinds: Iterable[str], source: Input) -> None:
 def refuse_without(capability: str, expression: str, depth: int, *, what: str) -> None:
     """Raise UserError where a layer's mechanism lacks what only `what` needs of it."""
     for choice in attention.pattern(expression, depth):
-        if capability not in choice.mechanism.capabilities(choice.config):
-            able = [
-                name for name, cls in attention.MIXERS.items()
-                if capability in cls.capabilities(cls.Config())
-            ]  # fmt: skip
-            raise UserError(
-                f"{choice} does not support {capability}, which {what} needs; "
-                f"use one of: {', '.join(able)}"
-            )
+        attention.require_able(choice, {capability}, what=what)
 
 
 def pooled(

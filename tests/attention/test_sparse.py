@@ -1,11 +1,16 @@
 """What is special to the Sparse Transformer: its sets, how heads share them, T^1.5."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from efficient_attn import attention
 from efficient_attn.attention.sparse import Sparse
 from efficient_attn.errors import UserError
 from kernels import Mask
+from tests import support
 from tests.attention.visible import core, exact, growth, qkv, run, sets
 from tests.mechanisms.sparse import near
 
@@ -61,6 +66,25 @@ def test_all_positions_in_a_set_is_softmax(options, causal):
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("pattern", ["fixed", "strided"])
+def test_interleaved_layers_decode_from_their_own_set(pattern, layer):
+    options = {"pattern": pattern, "block": 5, "summary": 2, "heads": "interleaved"}
+    made = core(Sparse, width=32, options=options, layer=layer)
+    q, k, v = qkv(32)
+
+    def step(state, given):
+        (q, k, v), position = given
+        out, state = made.step(q, k, v, state, position=jnp.full(2, position))
+        return state, out[:, 0]
+
+    tokens = [jnp.swapaxes(x, 0, 1)[:, :, None] for x in (q, k, v)]
+    start = made.init_state(2, jnp.float32)
+    _, outs = jax.lax.scan(step, start, (tokens, jnp.arange(32)))
+    expected = run(made, q, k, v, causal=True)
+    np.testing.assert_allclose(jnp.swapaxes(outs, 0, 1), expected, rtol=1e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("pattern", ["fixed", "strided"])
 def test_work_grows_as_t_to_the_3_2_and_memory_linearly(pattern):
     def call(q, k, v):
@@ -87,3 +111,24 @@ def test_what_does_not_fit_is_refused():
             core(Sparse, options=options)
     with pytest.raises(UserError, match="needs two heads or more"):
         core(Sparse, options={"heads": "separate"}, heads=1)
+
+
+def test_a_sequence_of_no_tokens_is_refused():
+    empty = jnp.zeros((1, 0, 4, 32))
+    with pytest.raises(ValueError, match="0 queries and 0 keys: give at least one of each"):
+        core(Sparse)(empty, empty, empty, mask=Mask(), shared={})
+
+
+@pytest.mark.parametrize(
+    ("expression", "need", "remedy"),
+    [("sparse", "segments", "pattern='strided'"), ("longformer", "decode", "tokens=0"),
+     ("reformer(layout='sorted')", "causal", "layout='bucket'")],
+)  # fmt: skip
+def test_a_capability_that_an_option_brings_is_refused_with_that_option(expression, need, remedy):
+    """And with it there is nothing to refuse."""
+    with pytest.raises(UserError, match=f"not support {need}, .*; set {remedy} or use one of: "):
+        attention.build(expression, support.site(), needs={need}, rngs=nnx.Rngs(0))
+    with_it = f"{expression.split('(')[0]}({remedy})"
+    attention.build(with_it, support.site(), needs={need}, rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match="not support cross, which this model needs; use one of: "):
+        attention.build(expression, support.site(), needs={"cross"}, rngs=nnx.Rngs(0))
