@@ -25,10 +25,9 @@ def define() -> flags.FlagValues:
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_bool("help", False, "print this", flag_values=values)
-    flags.DEFINE_bool(
-        "help-attention", False, "print the attention mechanisms and their options",
-        flag_values=values,
-    )  # fmt: skip
+    for name, what in [("attention", "attention mechanisms"), ("model", "backbones")]:
+        about = f"print the {what} and their options"
+        flags.DEFINE_bool(f"help-{name}", False, about, flag_values=values)
     return values
 
 
@@ -48,6 +47,10 @@ def main(argv: Sequence[str]) -> None:
         from efficient_attn.train.tables import print_mechanisms
 
         print_mechanisms()
+    elif given["help-model"]:
+        from efficient_attn.train.tables import print_backbones
+
+        print_backbones()
     elif config is None:
         raise UserError("say what to train, for example --config=configs/digits.py")
     elif not given["workdir"]:

@@ -89,6 +89,7 @@ def export_predictions(
     outputs: Mapping[str, np.ndarray], labels: Sequence[str], path: Path
 ) -> None:
     """Write one row per example or token: index, label, prediction (names), probability."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     rows = zip(outputs["label"], outputs["prediction"], outputs["probability"], strict=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)

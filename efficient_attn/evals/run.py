@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from efficient_attn import data
@@ -36,8 +37,8 @@ def evaluate_run(
     """Evaluate a checkpoint on a split; write eval/SPLIT-STEP.json and .png into the run.
 
     step: a number, "last", or "best" by validation.
-    attention: evaluate the run's parameters under another attention that has the same ones; its
-        name is added to those of the files.
+    attention: in place of the run's `config.attention`, one that has the same parameters; its name
+        is added to those of the files.
     limit: take the first so many examples only.
     batch_size: the run's `train.eval_batch_size` by default, which gives the very numbers of
         training.
@@ -68,7 +69,7 @@ def evaluate_run(
         found["classes"] = report.per_class(outputs, run.info.labels)
     name = f"{split}-{run.step}"
     if attention is not None:
-        name += "-" + re.sub(r"[^\w()=,]", "", attention)
+        name += "-" + re.sub(r"[^\w()=,.+*-]", "", attention)[:150]
     folder = Path(path) / "eval"
     _draw(outputs, run.info, folder / f"{name}.png", title=_title(run.experiment, found))
     if isinstance(run.source, Pairs):
@@ -111,8 +112,8 @@ def _open(
     number, state = restore(workdir, program, step, score(dataset.info))
     if attention is not None:
         experiment = dataclasses.replace(experiment, attention=attention)
-        program = build(experiment, dataset)
-        state = transplant(state, program, attention)
+        own, program = program, build(experiment, dataset)
+        state = transplant(state, own, program, attention)
     return _Run(experiment, dataset.info, dataset.splits[split], program, number, state)
 
 
@@ -138,27 +139,30 @@ def restore(workdir: Workdir, program: Program, step: str, score: Score) -> tupl
     return number, state
 
 
-def transplant(state: State, program: Program, attention: str) -> State:
+def transplant(state: State, own: Program, other: Program, attention: str) -> State:
     """A run's state for the program of another attention that has the same parameters.
 
-    Buffers (random projections, ...) are the run's where both have the same, else new ones.
+    Buffers (random projections, ...) are the run's where both programs begin with the same, else
+    those that `other` begins with.
 
     Raises:
         UserError: a parameter that only one of them has, or has in another shape.
     """
-    mine, others = (_leaves(s["params"]) for s in (state, program.abstract))
+    mine, others = (_leaves(program.abstract["params"]) for program in (own, other))
     for path in sorted(mine.keys() | others.keys()):
-        run, other = (f"{x[path].shape}" if path in x else "absent" for x in (mine, others))
-        if run != other:
+        run, there = (f"{x[path].shape}" if path in x else "absent" for x in (mine, others))
+        if run != there:
             raise UserError(
                 f"--attention={attention} does not have the run's parameters: {path} is {run} in "
-                f"the run and {other} there"
+                f"the run and {there} there"
             )
-    drawn, kept = program.init()["rest"], _leaves(state["rest"])
+    kept = _leaves(state["rest"])
+    before, drawn = (program.init()["rest"] for program in (own, other))
+    first = _leaves(before)
 
     def pick(path, new):
-        old = kept.get(_name(path))
-        return old if old is not None and old.shape == new.shape else new
+        same = _name(path) in first and np.array_equal(first[_name(path)], new)
+        return kept[_name(path)] if same else new
 
     return state | {"rest": jax.tree_util.tree_map_with_path(pick, drawn)}
 
@@ -204,11 +208,12 @@ def show(found: dict[str, Any], console: Console) -> None:
         table = Table("class", "precision", "recall", "F1", "examples")
         for name, scores in found["classes"].items():
             numbers = [f"{scores[key]:.4f}" for key in ("precision", "recall", "f1-score")]
-            table.add_row(name, *numbers, f"{scores['support']:.0f}")
+            table.add_row(escape(name), *numbers, f"{scores['support']:.0f}")
         console.print(table)
     count = f"{found['tokens']} tokens" if "tokens" in found else f"{found['examples']} examples"
     console.print(
-        f"{found['split']}, step {found['step']}, {count}: {headline(found)}", markup=False
+        f"{found['split']}, {found['attention']}, step {found['step']}, {count}: {headline(found)}",
+        markup=False,
     )
     if "bleu" in found:
         bleu.show(found, console)

@@ -66,7 +66,10 @@ def load_config(spec: str) -> ConfigDict:
             f"there is no config file {path!r}" + (f"; here are: {here}" if here else "")
         )
     try:
-        found = runpy.run_path(path)["get_config"](*([argument] if colon else []))
+        get_config = runpy.run_path(path)["get_config"]
+        if colon and not inspect.signature(get_config).parameters:
+            raise UserError(f"{path} takes no argument; leave out ':{argument}'")
+        found = get_config(*([argument] if colon else []))
     except UserError:
         raise
     except Exception as error:
@@ -96,7 +99,7 @@ def override(config: ConfigDict, values: flags.FlagValues, argv: Sequence[str]) 
             accept_new_attributes=True,
             sys_argv=list(argv),
         )
-    except (flags.Error, ValueError, TypeError) as error:
+    except (flags.Error, ValueError, TypeError, KeyError) as error:
         raise UserError(str(error).replace("\n", " ")) from None
 
 
@@ -111,6 +114,8 @@ def _check_key(config: ConfigDict, key: str) -> None:
         if name not in node:
             raise unknown(f"key of {where}", name, node)
         node = node[name]
+    if isinstance(node, ConfigDict):
+        raise UserError(f"--config.{key} is a section; set a key of it, --config.{key}.KEY=VALUE")
 
 
 def usage(about: str, values: flags.FlagValues) -> str:
@@ -127,7 +132,7 @@ def config_usage() -> str:
     keys = configs.flatten(dataclasses.asdict(default))
     lines = ["config keys, after --config=FILE, and their defaults before that file:"]
     lines += [f"  --config.{key}={value!r}" for key, value in keys.items()]
-    lines.append("  --config.model.OPTION=...: the options of the backbone config.model.name")
+    lines.append("  --config.model.OPTION=...: of the backbone config.model.name, see --help-model")
     parts = {"config": default, "config.train": default.train}
     parts |= {"config.optimizer": default.optimizer, "config.data": default.data}
     sections = {f.name: getattr(default.data, f.name) for f in dataclasses.fields(default.data)}

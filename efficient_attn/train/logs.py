@@ -27,7 +27,7 @@ class Metrics:
 
     def __init__(self, path: Path, tensorboard: Path, *, step: int):
         self._file = path.open("a")
-        self._board = SummaryWriter(str(tensorboard), purge_step=step + 1 if step else None)
+        self._board = SummaryWriter(str(tensorboard), purge_step=step + 1)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """One line; a number that is not finite becomes null, which JSON can hold."""
@@ -85,13 +85,14 @@ class Display:
         if not self._bar.disable:
             self._bar.update(self._task, completed=step)
 
-    def log(self, step: int, metrics: Mapping[str, float], *, speed: float) -> None:
-        """Show the metrics of a log line; `speed` is in steps per second."""
-        numbers = (
-            f"{headline(metrics)}  {speed:.1f} steps/s  {speed * self._batch_size:.0f} examples/s"
-        )
-        if self._bar.disable:
+    def log(self, step: int, metrics: Mapping[str, float], *, speed: float | None) -> None:
+        """Show the metrics of a log line; `speed` is in steps per second, None if unknown yet."""
+        numbers, eta = headline(metrics), ""
+        if speed is not None:
+            numbers += f"  {speed:.1f} steps/s  {speed * self._batch_size:.0f} examples/s"
             minutes, seconds = divmod(round((self._steps - step) / speed), 60)
-            self.say(f"step {step}/{self._steps}  {numbers}  eta {minutes}:{seconds:02d}")
+            eta = f"  eta {minutes}:{seconds:02d}"
+        if self._bar.disable:
+            self.say(f"step {step}/{self._steps}  {numbers}{eta}")
         else:
             self._bar.update(self._task, completed=step, numbers=numbers)

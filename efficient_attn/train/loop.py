@@ -4,6 +4,7 @@ The device is waited for at log lines and evaluations only. Whatever decides the
 in the checkpoint, so a run that was killed at any moment ends with the numbers of one that was not.
 """
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def train(
         return read_json(workdir.result)
     dataset = data.load(experiment.data)
     program = build(experiment, dataset)
-    with full_disk_is_told(workdir.path):
+    with full_disk_is_told(workdir.path), workdir.hold():
         moved = workdir.start(to_dict(experiment), replace=replace)
         if moved:
             console.print(f"the run that was here is now in {moved}", markup=False)
@@ -100,6 +101,9 @@ class Loop:
             console=console,
         )
         self.display.say(describe(experiment, program, dataset))
+        examples, size = len(dataset.splits["train"]), experiment.data.batch_size
+        if examples < size:
+            notes.append(f"the {examples} training examples are fewer than data.batch_size={size}")
         for note in notes:
             self.display.say(note)
 
@@ -189,14 +193,14 @@ class Loop:
         metrics |= derived(metrics["loss"], self.dataset.info)
         lap_step, lap_time = self._lap
         now = time.perf_counter()
-        speed = max(self.step - lap_step, 1) / max(now - lap_time, 1e-9)
         numbers = {f"train/{name}": value for name, value in metrics.items()}
-        timings = {
-            "seconds": self._seconds(),
-            "steps_per_second": speed,
-            "examples_per_second": speed * self.experiment.data.batch_size,
-        }
-        self.metrics.write(self.step, numbers | timings)
+        numbers["seconds"] = self._seconds()
+        speed = None
+        if self.step > lap_step:  # else it is the first step, whose time was the compiler's
+            speed = (self.step - lap_step) / max(now - lap_time, 1e-9)
+            numbers["steps_per_second"] = speed
+            numbers["examples_per_second"] = speed * self.experiment.data.batch_size
+        self.metrics.write(self.step, numbers)
         self.display.log(self.step, metrics, speed=speed)
         self._start_lap()
 
@@ -228,7 +232,8 @@ class Loop:
             found = self.validation
             self.metrics.write(self.step, {f"validation/{k}": v for k, v in found.items()})
             self.display.say(f"step {self.step}/{self.options.steps}  validation {headline(found)}")
-            if self.best is None or self.score(found) >= self.score(self.best["validation"]):
+            better = self.best is None or self.score(found) >= self.score(self.best["validation"])
+            if better and math.isfinite(found["loss"]):
                 self.best = {"step": self.step, "validation": found}
         self._start_lap()
 

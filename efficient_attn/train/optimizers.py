@@ -58,13 +58,14 @@ def _adafactor() -> optax.GradientTransformation:
 
 
 def matrices(params: Any) -> Any:
-    """True for each parameter that weight decay applies to: two axes or more, not a bias or scale.
+    """True for each parameter that weight decay applies to: a matrix or more, not a bias or scale.
 
-    The name counts too, since a bias split into heads has shape [H, D].
+    An axis of length 1 does not count, as of a token [1, 1, E]; the name does, since a bias split
+    into heads has shape [H, D].
     """
 
     def decays(path, leaf):
         name = str(getattr(path[-1], "key", ""))
-        return leaf.ndim >= 2 and name not in ("bias", "scale")
+        return sum(size > 1 for size in leaf.shape) >= 2 and name not in ("bias", "scale")
 
     return jax.tree_util.tree_map_with_path(decays, params)

@@ -1,14 +1,22 @@
 """The directory of a run: which run it holds, its metrics, its result."""
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from efficient_attn.errors import UserError
 from efficient_attn.train.config import differences
+
+CONTENT = (
+    "config.json", "checkpoints", "damaged", "metrics.jsonl", "tensorboard", "result.json",
+    "curves.png", "eval",
+)  # fmt: skip
 
 
 class Workdir:
@@ -40,10 +48,12 @@ class Workdir:
         """Refuse a directory that is not this run's, before anything is done; changes nothing.
 
         Raises:
-            UserError: another config's run is here, unless `replace`; it is not a directory.
+            UserError: another config's run is here, unless `replace`; it is no directory, nor can
+                it be one.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--workdir={self.path} is a file; name a directory")
+        there = next(path for path in (self.path, *self.path.parents) if path.exists())
+        if not there.is_dir():
+            raise UserError(f"--workdir={self.path}: {there} is a file; name a directory")
         if replace or not self.holds_run():
             return
         if not self.config.exists():
@@ -59,12 +69,35 @@ class Workdir:
                 "that run aside with --replace:\n" + "\n".join(lines)
             )
 
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Make the directory, and keep other processes from training in it.
+
+        Raises:
+            UserError: it cannot be made, or another process holds it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+            raise UserError(f"--workdir={self.path} cannot be made: {error.strerror}") from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another process is training in {self.path}; wait for it, or choose another "
+                    "--workdir"
+                ) from None
+            yield
+
     def start(self, config: Mapping[str, Any], *, replace: bool) -> Path | None:
         """Make the directory ready for this run, once the config is known to be good.
 
-        With `replace`, what is here moves to replaced-N inside it, which is returned.
+        With `replace`, the run that is here moves to replaced-N inside it, which is returned.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         moved = self._move_aside() if replace else None
         if not self.holds_run():
             self.metrics.unlink(missing_ok=True)
@@ -72,7 +105,7 @@ class Workdir:
         return moved
 
     def _move_aside(self) -> Path | None:
-        old = [p for p in _entries(self.path) if not p.name.startswith("replaced-")]
+        old = [self.path / name for name in CONTENT if (self.path / name).exists()]
         if not old:
             return None
         numbers = [int(p.name[9:]) for p in self.path.glob("replaced-*") if p.name[9:].isdigit()]

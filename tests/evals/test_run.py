@@ -70,13 +70,14 @@ def test_mistakes(finished, options, says):
 def test_another_attention_with_the_same_parameters(finished):
     """Softmax, and a performer with more features, which it has to draw, read its projections."""
     path, trained = finished[0], read_json(finished[0] / "config.json")["attention"]
-    own, same, softmax, more = (
+    independent = "performer(features=8, projection='iid')"
+    own, same, softmax, other, more = (
         evaluate_run(path, attention=attention, limit=40, batch_size=8)
-        for attention in (None, trained, "softmax", "performer(features=64)")
+        for attention in (None, trained, "softmax", independent, "performer(features=64)")
     )
     assert own == same, "the run's own features"
-    assert len({own["loss"], softmax["loss"], more["loss"]}) == 3
-    assert max(abs(own["loss"] - other["loss"]) for other in (softmax, more)) < 0.5
+    assert len({found["loss"] for found in (own, softmax, other, more)}) == 4
+    assert max(abs(own["loss"] - found["loss"]) for found in (softmax, other, more)) < 0.5
     assert read_json(path / "eval" / "test-12-performer(features=64).json") == more
 
 

@@ -34,7 +34,11 @@ DIGITS = "--config=configs/digits.py"
         ([DIGITS, "--config.train.steps=1.5"], "--config.train.steps=1.5"),
         ([DIGITS, "--workdir=x", "--config.train.dtype=float16"], "one of 'float32', 'bfloat16'"),
         ([DIGITS, "--workdir=x", "--config.train.steps=0"], "steps must be at least 1, not 0"),
-        ([DIGITS, "--workdir=x", "--config.train=3"], "config.train"),
+        ([DIGITS, "--config.train=3"], "--config.train is a section; set a key of it"),
+        ([DIGITS, "--config.model=vit"], "--config.model is a section; set a key of it"),
+        ([DIGITS, "--config.model.depth.x=3"], "depth"),
+        ([f"{DIGITS}:x"], "configs/digits.py takes no argument; leave out ':x'"),
+        ([DIGITS, "--workdir=/dev/null/x"], "--workdir=/dev/null/x: /dev/null is a file"),
     ],
 )
 def test_a_mistake_is_a_sentence_and_exit_code_2(arguments, says, tmp_path):

@@ -59,6 +59,12 @@ def test_matrices():
     }
 
 
+def test_a_learned_token_is_a_vector():
+    """The class token [1, 1, E], unlike a table of positions [1, T, E]."""
+    found = optimizers.matrices({"cls": jnp.ones((1, 1, 4)), "table": jnp.ones((1, 5, 4))})
+    assert found == {"cls": False, "table": True}
+
+
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd"])
 def test_weight_decay_takes_its_share_of_matrices_only(name):
     """Without a gradient the update is -rate * decay * parameter on matrices and 0 elsewhere."""
