@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels.dispatch import Backend, choose
 from kernels.mask import Mask, check_heads
+from kernels.masked_softmax import masked_softmax
 
 DENSE_LOGITS = 1 << 20
 """Up to this many logits per head, T x S, are held at once; longer queries go chunk by chunk."""
@@ -82,10 +83,5 @@ def _rows(q, at, *, k, v, mask: Mask, scale: float, logit_cap: float | None, bia
         distance = jnp.abs(positions[:, at, None] - jnp.arange(k.shape[1])[None, None])
         slopes = slopes.reshape(k.shape[2], -1)  # of each query head, group by group
         logits -= slopes[None, :, :, None, None] * distance[:, None, None]
-    if mask.needs:
-        logits = jnp.where(mask.visible(at, k.shape[1])[:, :, None], logits, -jnp.inf)
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    weights = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0.0))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights / jnp.where(total > 0, total, 1.0)
+    weights = masked_softmax(logits, mask.visible(at, k.shape[1])[:, :, None])
     return jnp.einsum("bgnts,bsgd->btgnd", weights.astype(v.dtype), v)

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from kernels import Mask
+from kernels.masked_softmax import masked_softmax
 
 
 class Diagnostic(nnx.Intermediate):
@@ -54,8 +55,7 @@ def estimate_quality(
 
 
 def _mean(logits, seen, values):
-    weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1, where=seen)
-    return jnp.einsum("bhts,bshd->bthd", jnp.where(seen, weights, 0.0), values)
+    return jnp.einsum("bhts,bshd->bthd", masked_softmax(logits, seen), values)
 
 
 def collapsed(quality: dict[str, float]) -> bool:
