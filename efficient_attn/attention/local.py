@@ -62,6 +62,7 @@ class Local(Core):
 
     def __call__(self, q, k, v, *, mask, shared):
         """See `kernels.window_attention` and `kernels.block_attention`."""
+        mask.check(q.shape[1], k.shape[1])
         given = {"mask": mask, "slopes": self.slopes(), "backend": self.site.backend}
         if self.config.pattern == "sliding":
             left, right = reach(self.config.window, causal=mask.causal)

@@ -67,6 +67,13 @@ def test_the_cache_holds_the_window_alone():
     assert core(Local, options={"window": 600}).init_state(1, np.float32).keys.shape[1] == 32
 
 
+@pytest.mark.parametrize("pattern", ["sliding", "blocked", "interleaved"])
+def test_no_tokens_are_refused(pattern):
+    made, nothing = core(Local, options={"pattern": pattern}), qkv(32)[0][:, :0]
+    with pytest.raises(ValueError, match="0 queries and 0 keys: give at least one"):
+        made(nothing, nothing, nothing, mask=Mask(), shared={})
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(UserError, match="window=0 must be positive"):
         core(Local, options={"window": 0})

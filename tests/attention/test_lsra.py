@@ -103,10 +103,3 @@ def test_one_tap_is_a_projection_of_each_position():
 def test_half_the_width_holds_the_heads(width, heads):
     with pytest.raises(UserError, match=f"heads={heads} does not divide half of width={width}"):
         mixer(width=width, heads=heads)
-
-
-def test_a_prompt_is_read_at_once():
-    made, x = mixer(kernel=5), x_of()
-    keys = jnp.ones(x.shape[:2], bool)
-    read = jax.make_jaxpr(lambda x: made.prefill(x, made.init_state(2, x.dtype), keys=keys))(x)
-    assert "scan" not in str(read)
