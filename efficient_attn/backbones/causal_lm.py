@@ -48,6 +48,7 @@ class CausalLM(Backbone):
         assert source.vocab is not None
         (length,), width, dtype = source.shape, config.width, build.dtype
         self.config, self.length, self.dtype = config, length, dtype
+        self.source, self.build = source, build
         self.attention = build.attention
         positions = config.positions
         added = positions if positions in ("learned", "sinusoidal") else "none"

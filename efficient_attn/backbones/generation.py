@@ -1,6 +1,7 @@
 """Text out of a language model: prompts read at once, then token by token, in one loop."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,9 @@ def generate(
 ) -> Int[Array, "B N"]:
     """N = `max_tokens` tokens after each prompt, 0 behind a row's `stop` token.
 
+    A text may be longer than the model was built for where one built for it would go on in the
+    same way: no positions are added, and no cache, window or horizon is cut to the length.
+
     The loop holds the mechanisms' states alone, whose size does not change: a few sums for a
     recurrence, a cache of the model's longest sequence (or of a window) for others. It ends early
     when every row has come to `stop`.
@@ -34,17 +38,17 @@ def generate(
     key: for sampling; greedy, the default, does without.
 
     Raises:
-        UserError: a mechanism that does not decode, a text longer than the model was built for, no
+        UserError: a mechanism that does not decode, a text longer than the model can have, no
             key to sample with, a vocabulary without `stop`, prompts or lengths that are not as
             above (of those under `jit` the shapes alone are known).
     """
-    length, vocab = model.length, model.embed.embedding.shape[0]
+    vocab, total = model.embed.embedding.shape[0], prompts.shape[1] + max_tokens
     check_prompts(prompts, lengths, vocab)
     require(max_tokens > 0, f"max_tokens={max_tokens} must be positive")
     require(
-        prompts.shape[1] + max_tokens <= length,
+        total <= model.length or _step(model, model.length) == _step(model, total),
         f"a prompt of {prompts.shape[1]} tokens and max_tokens={max_tokens} make more than the "
-        f"{length} that the model was built for; shorten one of them",
+        f"{model.length} that the model was built for; shorten one of them",
     )
     require(
         key is not None or sampling.temperature == 0,
@@ -56,6 +60,20 @@ def generate(
     graph, state = nnx.split(model)
     key = jax.random.key(0) if key is None else key
     return _generate(graph, max_tokens, sampling, stop, state, prompts, lengths, key)
+
+
+def _step(model: CausalLM, length: int) -> str:
+    """The program of one step, had the model been built for `length` tokens."""
+    source = replace(model.source, shape=(length,))
+    made = nnx.eval_shape(lambda: CausalLM(model.config, source, model.build, rngs=nnx.Rngs(0)))
+    graph, weights = nnx.split(made)
+
+    def step(weights, tokens, state):
+        return nnx.merge(graph, weights).step(tokens, state, position=tokens)
+
+    tokens = jax.ShapeDtypeStruct((1,), jnp.int32)
+    state = jax.eval_shape(lambda: made.init_state(1))
+    return jax.jit(step).lower(weights, tokens, state).as_text()
 
 
 def check_prompts(prompts, lengths, vocab: int) -> None:

@@ -39,12 +39,12 @@ def continue_text(
 ) -> str:
     """What the run at `path` writes after `prompt`, the beginning of a document.
 
-    max_tokens: by default 100, or what the model has room for.
+    max_tokens: by default 100, or what a shorter length of the model leaves.
     step: a number, "last", or "best" by validation.
 
     Raises:
         UserError: no such run or checkpoint; not a language model of text; a mechanism that does
-            not decode; more tokens than the model was built for.
+            not decode; more tokens than the model can have.
     """
     workdir = Workdir(path)
     if not workdir.config.exists():
@@ -68,7 +68,8 @@ def continue_text(
     if not len(tokens):
         raise UserError("give a prompt: this data set has no token to begin a document with")
     if max_tokens is None:
-        max_tokens = max(1, min(100, info.shape[0] - len(tokens)))
+        room = info.shape[0] - len(tokens)
+        max_tokens = min(100, room) if room > 0 else 100
     found = backbones.generate(
         model, jnp.asarray(tokens)[None], jnp.array([len(tokens)]), max_tokens=max_tokens,
         sampling=sampling, key=jax.random.key(seed), stop=info.end,

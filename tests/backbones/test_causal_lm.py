@@ -275,6 +275,30 @@ def test_of_prompts_the_shapes_are_looked_at_even_where_they_are_traced():
     assert jax.eval_shape(check, ones((2, 3)), jnp.zeros(2, jnp.int32)) is None
 
 
+@pytest.mark.parametrize("expression", ["gla", "linear + local(window=4)"])
+def test_what_the_length_does_not_bound_goes_on_beyond_it(expression):
+    """Prompts and answers as of a model of the same weights that is built for 60."""
+    short = create(expression, replace(TEXT, shape=(12,)))
+    long = create(expression, replace(TEXT, shape=(60,)))
+    for prompt in (5, 30):
+        given = jnp.asarray(draw(2, prompt)), jnp.asarray([prompt, 4])
+        found, expected = (generate(made, *given, max_tokens=20) for made in (short, long))
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("expression", "options"),
+    [
+        ("softmax", {}), ("cosformer", {}), ("local(window=64)", {}), ("linear + sparse", {}),
+        ("linear", {"positions": "learned"}), ("linear", {"positions": "sinusoidal"}),
+    ],
+)  # fmt: skip
+def test_what_the_length_bounds_is_refused_beyond_it(expression, options):
+    given = jnp.ones((1, 5), jnp.int32), jnp.asarray([5])
+    with pytest.raises(UserError, match="max_tokens=20 make more than the 24"):
+        generate(create(expression, **options), *given, max_tokens=20)
+
+
 def test_the_last_token_is_written_without_a_step_behind_it(monkeypatch):
     turns, step = [], CausalLM.step
 

