@@ -89,7 +89,8 @@ def override(config: ConfigDict, values: flags.FlagValues, argv: Sequence[str]) 
     """
     for word in argv:
         if word.startswith("--config."):
-            _check_key(config, word.removeprefix("--config.").partition("=")[0])
+            key, _, value = word.removeprefix("--config.").partition("=")
+            _check_key(config, key, value)
     try:
         config_flags.DEFINE_config_dict(
             "config",
@@ -103,7 +104,7 @@ def override(config: ConfigDict, values: flags.FlagValues, argv: Sequence[str]) 
         raise UserError(str(error).replace("\n", " ")) from None
 
 
-def _check_key(config: ConfigDict, key: str) -> None:
+def _check_key(config: ConfigDict, key: str, value: str) -> None:
     node, names = config, key.split(".")
     for depth, name in enumerate(names):
         where = ".".join(["config", *names[:depth]])
@@ -114,7 +115,7 @@ def _check_key(config: ConfigDict, key: str) -> None:
         if name not in node:
             raise unknown(f"key of {where}", name, node)
         node = node[name]
-    if isinstance(node, ConfigDict):
+    if isinstance(node, ConfigDict) and not value.startswith("{"):
         raise UserError(f"--config.{key} is a section; set a key of it, --config.{key}.KEY=VALUE")
 
 

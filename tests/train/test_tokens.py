@@ -106,7 +106,8 @@ def test_eval_gives_the_numbers_of_training(unbroken, tmp_path):
     assert "classes" not in found
     console = Console(file=io.StringIO(), width=200)
     evals.show(found, console)
-    assert f"test, step 12, {held_out} tokens: loss {found['loss']:.4f}" in console.file.getvalue()
+    said = f"test, softmax, step 12, {held_out} tokens: loss {found['loss']:.4f}"
+    assert said in console.file.getvalue()
     assert (path / "eval" / "test-12.png").stat().st_size > 10_000
     rows = list(csv.DictReader((tmp_path / "p.csv").open()))
     assert len(rows) == held_out
