@@ -7,6 +7,9 @@ r"""A character language model on a text of yours.
 
 PATH is a UTF-8 file, or a folder of .txt files. The last fifth of it is test, the last tenth of the
 rest validation, unless a folder has train.txt, valid.txt and test.txt.
+
+Expect of softmax on tinyshakespeare, seed 0: 2.30 bits per character on validation after 2,700
+steps, ten minutes on two CPU cores; the README has other mechanisms beside it.
 """
 
 from ml_collections import ConfigDict

