@@ -70,7 +70,7 @@ def evaluate_run(
     name = f"{split}-{run.step}"
     if attention is not None:
         name += "-" + re.sub(r"[^\w()=,.+*-]", "", attention)[:150]
-    folder = Path(path) / "eval"
+    folder = Workdir(path).path / "eval"
     _draw(outputs, run.info, folder / f"{name}.png", title=_title(run.experiment, found))
     if isinstance(run.source, Pairs):
         file = folder / f"{name}.txt"

@@ -47,8 +47,9 @@ def test_each_step_gives_the_numbers_of_its_log_line(finished):
     assert best["loss"] == result["best"]["validation"]["loss"]
 
 
-def test_limit_and_batch_size(finished):
-    found = evaluate_run(finished[0], limit=40, batch_size=8)
+def test_limit_and_batch_size(finished, monkeypatch):
+    monkeypatch.setenv("HOME", str(finished[0].parent))
+    found = evaluate_run("~/run", limit=40, batch_size=8)
     assert found["examples"] == 40
     assert json.loads((finished[0] / "eval" / "test-12.json").read_text())["examples"] == 40
 
