@@ -6,6 +6,7 @@ from typing import Any
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.attention.base import Core, Cost
+from efficient_attn.attention.recurrent import tokens_run
 from kernels import (
     Mask,
     causal_linear_attention,
@@ -40,8 +41,7 @@ class Kernelised(Core):
     @staticmethod
     def tokens(length: int) -> int:
         """How many the scan over chunks that is not causal runs over, the last one filled."""
-        chunk = even(length, 4 * CHUNK)
-        return -(-length // chunk) * chunk
+        return tokens_run(length, even(length, 4 * CHUNK))
 
     @classmethod
     def cost(cls, config, site, length):
