@@ -1,0 +1,52 @@
+"""The chip that kernels are built for: the one at hand, or one that a test or a compiler names."""
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+Chip = Literal["tpu", "hopper", "gpu", "cpu"]
+
+
+class Target(NamedTuple):
+    """chip: "hopper" is an NVIDIA GPU of compute capability 9.0, "gpu" any other GPU.
+    interpret: how Pallas simulates the chip, None on the chip itself; e.g.
+    `pltpu.InterpretParams()` or `plgpu.InterpretGPUParams()`.
+    """
+
+    chip: Chip
+    interpret: Any = None
+
+
+_named: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
+
+
+def target() -> Target:
+    """The target that `use` names, or else the chip of jax's first device."""
+    return _named.get() or Target(_chip_at_hand())
+
+
+@contextlib.contextmanager
+def use(chip: Chip, interpret: Any = None) -> Iterator[None]:
+    """Within it, ops are traced for `chip`; with `interpret`, its simulation runs on this machine.
+
+    What jax.jit holds already is not traced again: make the jitted function inside.
+    """
+    token = _named.set(Target(chip, interpret))
+    try:
+        yield
+    finally:
+        _named.reset(token)
+
+
+@functools.cache
+def _chip_at_hand() -> Chip:
+    device = jax.devices()[0]
+    if device.platform == "tpu":
+        return "tpu"
+    if device.platform in ("gpu", "cuda", "rocm"):
+        return "hopper" if getattr(device, "compute_capability", "") == "9.0" else "gpu"
+    return "cpu"
