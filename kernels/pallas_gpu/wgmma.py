@@ -1,0 +1,90 @@
+"""Matrix products of a warpgroup, written once for Hopper and for the interpreter.
+
+The interpreter of Mosaic GPU (`plgpu.InterpretGPUParams`, jax 0.11.2 and 0.12) lacks two things
+that kernels here need: a left operand held in registers, and an accumulator that begins with a
+given value. Each has a stand-in below, taken where the kernel is interpreted and only there; both
+give the same numbers. The interpreter runs a product where it is issued and does not check its
+reads of shared memory for races: that every operand's barrier is waited for has to be read off the
+kernel.
+
+`plgpu.ACC` held in `pl.run_scoped` around a loop, and read with `acc[...]`, works in both worlds.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+LAYOUT = plgpu.Layout.WGMMA
+"""How a warpgroup holds a matrix [64 n, columns] that a product made or takes."""
+ROWS, COLUMNS = LAYOUT.reduce(1), LAYOUT.reduce(0)
+"""The layouts of a vector with a number per row, and per column, of such a matrix."""
+
+
+def tiles(columns: int, dtype) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+    """Transforms of a shared-memory matrix [..., rows, columns] that is an operand or a TMA tile.
+
+    Swizzled over rows of up to 128 bytes. Both operands of a product need the same swizzle, so
+    both rows are of at least 128 bytes or both of the same number.
+    """
+    swizzle = min(128, columns * jnp.dtype(dtype).itemsize)
+    return (
+        plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)),
+        plgpu.SwizzleTransform(swizzle),
+    )
+
+
+def shared(shape: tuple[int, ...], dtype) -> pl.MemoryRef:
+    """Shared memory for a matrix, or an array of matrices, laid out with `tiles`."""
+    return plgpu.SMEM(shape, dtype, transforms=tiles(shape[-1], dtype))
+
+
+def constant(value: float, shape: tuple[int, ...], layout=LAYOUT) -> jax.Array:
+    """float32 registers filled with a number."""
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def matmul(shape: tuple[int, int], *pairs) -> jax.Array:
+    """sum a @ b over the (a, b) of `pairs`, in fresh float32 registers [M, N]; waits for it.
+
+    a: shared memory [M, K] or what `left` gives. b: shared memory [K, N]. Either may be a
+    transposed reference, `ref.transpose((1, 0))`.
+    """
+
+    def sum_up(acc):
+        for a, b in pairs:
+            plgpu.wgmma(acc, a, b)
+        return acc[...]
+
+    return pl.run_scoped(sum_up, plgpu.ACC(shape, jnp.float32))
+
+
+def add_matmul(acc: jax.Array, *pairs, interpret) -> jax.Array:
+    """acc + sum a @ b for float32 registers `acc` [M, N]: as `matmul`, begun with `acc`."""
+    if interpret:
+        return acc + matmul(acc.shape, *pairs)
+
+    def sum_up(ref):
+        for a, b in pairs:
+            plgpu.wgmma(ref, a, b)
+
+    return pl.run_state(sum_up)(plgpu.ACC.init(acc))
+
+
+def spare(shape: tuple[int, ...], dtype, interpret) -> list:
+    """Scratch for `left`, as a list to append to `scratch_types`: empty on hardware."""
+    return [shared(shape, dtype)] if interpret else []
+
+
+def left(x: jax.Array, scratch=None):
+    """Registers [M, K] as the left operand of a product.
+
+    scratch: shared memory [M, K] of the calling warpgroup where the kernel is interpreted, else
+    None. What is in it is overwritten: products with an earlier operand there must be over, as
+    they are after `matmul` and `add_matmul`.
+    """
+    if scratch is None:
+        return x
+    scratch[...] = x
+    plgpu.commit_smem()
+    return scratch
