@@ -1,0 +1,1 @@
+"""Kernels of TPU, in Pallas (Mosaic)."""
