@@ -18,7 +18,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from kernels.dispatch import Backend, choose
+from kernels.dispatch import Backend, Path, run
 from kernels.mask import Mask, check_heads
 
 LIVE, FEW = 2, 1 << 14
@@ -85,8 +85,8 @@ def block_attention(
     mask.check(q.shape[1], k.shape[1])
     check_heads(q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    run = choose("block_attention", backend, {"xla": _xla})
-    return run(q, k, v, blocks=blocks, mask=mask, scale=scale, slopes=slopes)
+    how = {"blocks": blocks, "mask": mask, "scale": scale, "slopes": slopes}
+    return run("block_attention", backend, {"xla": Path(_xla)}, q, k, v, **how)
 
 
 def join(*parts: Part) -> Float[Array, "B T H Dv"]:

@@ -3,26 +3,42 @@
 import functools
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Backend = Literal["auto", "xla", "pallas", "cudnn"]
 log = logging.getLogger(__name__)
 
 
-def choose(op: str, backend: Backend, implementations: Mapping[str, Callable[..., Any]]):
-    """The implementation of `op` that `backend` names, out of an ordered table.
+def _never(*arguments: Any, **options: Any) -> None:
+    """The refusal of an implementation that takes everything."""
+
+
+class Path(NamedTuple):
+    """An implementation. `refuse` gets the same arguments: one sentence why not, or None."""
+
+    run: Callable[..., Any]
+    refuse: Callable[..., str | None] = _never
+
+
+def run(op: str, backend: Backend, paths: Mapping[str, Path], *arguments: Any, **options: Any):
+    """`op` by the path that `backend` names, out of an ordered table whose last takes everything.
+
+    What the path itself raises propagates: no other one is tried.
 
     Raises:
-        NotImplementedError: `op` has no implementation of that name.
+        NotImplementedError: `op` has no path of that name, or the path refuses these arguments.
     """
     if backend == "auto":
-        backend = next(iter(implementations))  # type: ignore[assignment]
+        refuses = lambda path: path.refuse(*arguments, **options)  # noqa: E731
+        backend = next(name for name, path in paths.items() if not refuses(path))  # type: ignore[assignment]
         _say_once(op, backend)
-    if backend not in implementations:
+    elif backend not in paths:
         raise NotImplementedError(
-            f"{op} has no backend {backend!r} yet; it has: auto, {', '.join(implementations)}"
+            f"{op} has no backend {backend!r}; it has: auto, {', '.join(paths)}"
         )
-    return implementations[backend]
+    elif reason := paths[backend].refuse(*arguments, **options):
+        raise NotImplementedError(f"{op} with backend {backend!r}: {reason}")
+    return paths[backend].run(*arguments, **options)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels.dispatch import Backend, choose
+from kernels.dispatch import Backend, Path, run
 from kernels.mask import Mask
 from kernels.recurrence import Reach, causal, fade, scan_chunks, written
 
@@ -44,8 +44,8 @@ def gated_delta_rule(
         NotImplementedError: the op has no such backend.
     """
     mask = causal(mask, q.shape[1])
-    run = choose("gated_delta_rule", backend, {"xla": _xla})
-    return run(q, k, v, beta, log_decay, mask=mask, chunk=chunk, state=initial_state)
+    how = {"mask": mask, "chunk": chunk, "state": initial_state}
+    return run("gated_delta_rule", backend, {"xla": Path(_xla)}, q, k, v, beta, log_decay, **how)
 
 
 def gated_delta_rule_step(

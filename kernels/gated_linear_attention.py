@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jaxtyping import Array, Float
 
-from kernels.dispatch import Backend, choose
+from kernels.dispatch import Backend, Path, run
 from kernels.mask import Mask
 from kernels.recurrence import Reach, causal, fade, scan_chunks, written
 
@@ -49,8 +49,8 @@ def gated_linear_attention(
     mask = causal(mask, q.shape[1])
     if v.shape[2] % q.shape[2]:
         raise ValueError(f"{q.shape[2]} groups of keys do not divide {v.shape[2]} heads")
-    run = choose("gated_linear_attention", backend, {"xla": _xla})
-    return run(q, k, v, log_decay, mask=mask, chunk=chunk, state=initial_state)
+    how = {"mask": mask, "chunk": chunk, "state": initial_state}
+    return run("gated_linear_attention", backend, {"xla": Path(_xla)}, q, k, v, log_decay, **how)
 
 
 def gated_linear_attention_step(

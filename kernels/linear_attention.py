@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels.dispatch import Backend, choose
+from kernels.dispatch import Backend, Path, run
 from kernels.mask import Mask
 from kernels.recurrence import Reach, scan_chunks
 
@@ -68,8 +68,8 @@ def linear_attention(
     """
     mask = mask or Mask()
     mask.check(q.shape[1], k.shape[1])
-    run = choose("linear_attention", backend, {"xla": _xla})
-    return run(q, k, v, features=features or _given, log_scale=log_scale, mask=mask, chunk=chunk)
+    how = {"features": features or _given, "log_scale": log_scale, "mask": mask, "chunk": chunk}
+    return run("linear_attention", backend, {"xla": Path(_xla)}, q, k, v, **how)
 
 
 def causal_linear_attention(
@@ -97,9 +97,10 @@ def causal_linear_attention(
     mask.check(q.shape[1], k.shape[1])
     if not mask.causal:
         raise ValueError("causal_linear_attention takes a causal mask: Mask(causal=True, ...)")
-    run = choose("causal_linear_attention", backend, {"xla": _xla_causal})
     how = {"features": features or _given, "log_scale": log_scale, "mask": mask, "chunk": chunk}
-    return run(q, k, v, state, **how)
+    return run(
+        "causal_linear_attention", backend, {"xla": Path(_xla_causal)}, q, k, v, state, **how
+    )
 
 
 def linear_attention_init(batch: int, heads: int, features: int, dim: int) -> LinearState:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
-from kernels.dispatch import Backend, choose
+from kernels.dispatch import Backend, Path, run
 from kernels.mask import Mask
 
 
@@ -36,7 +36,7 @@ def local_conv(
     mask.check(x.shape[1], x.shape[1])
     if x.shape[2] % weights.shape[2]:
         raise ValueError(f"{weights.shape[2]} heads do not divide {x.shape[2]} channels")
-    return choose("local_conv", backend, {"xla": _xla})(x, weights, mask=mask)
+    return run("local_conv", backend, {"xla": Path(_xla)}, x, weights, mask=mask)
 
 
 def local_conv_step(

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels.dispatch import Backend, choose
+from kernels.dispatch import Backend, Path, run
 from kernels.mask import Mask
 
 Layout = Literal["bucket", "sorted"]
@@ -59,8 +59,8 @@ def lsh_attention(
             "use the layout 'bucket'"
         )
     chunk = min(chunk, q.shape[1])
-    run = choose("lsh_attention", backend, {"xla": _xla})
-    return run(q, v, buckets, count=count, chunk=chunk, layout=layout, mask=mask)
+    how = {"count": count, "chunk": chunk, "layout": layout, "mask": mask}
+    return run("lsh_attention", backend, {"xla": Path(_xla)}, q, v, buckets, **how)
 
 
 def unit(q: Float[Array, "*N D"]) -> Float[Array, "*N D"]:

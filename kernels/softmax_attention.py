@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from kernels.dispatch import Backend, choose
+from kernels.dispatch import Backend, Path, run
 from kernels.mask import Mask, check_heads
 from kernels.masked_softmax import masked_softmax
 
@@ -44,11 +44,11 @@ def softmax_attention(
     mask.check(q.shape[1], k.shape[1])
     check_heads(q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    run = choose("softmax_attention", backend, {"xla": _xla})
     bias = None
     if slopes is not None:
         bias = slopes, jnp.arange(q.shape[1])[None] if positions is None else positions
-    return run(q, k, v, mask=mask, scale=scale, logit_cap=logit_cap, bias=bias)
+    how = {"mask": mask, "scale": scale, "logit_cap": logit_cap, "bias": bias}
+    return run("softmax_attention", backend, {"xla": Path(_xla)}, q, k, v, **how)
 
 
 def _xla(q, k, v, *, mask: Mask, scale: float, logit_cap: float | None, bias):

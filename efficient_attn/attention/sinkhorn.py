@@ -13,7 +13,7 @@ from efficient_attn.attention.base import Cost, Mixer, Site, refuse_context, ref
 from efficient_attn.attention.multihead import linear
 from efficient_attn.config import at_least, require
 from efficient_attn.layers.positions import rotate
-from kernels.dispatch import choose
+from kernels.dispatch import Path, run
 from kernels.masked_softmax import masked_softmax
 
 LEAST = 1e-6
@@ -103,8 +103,9 @@ class Sinkhorn(Mixer):
             q, k = rotate(q, at), rotate(k, at)
         valid = jnp.ones(x.shape[:2], bool) if mask.keys is None else mask.keys
         order = self.order(x, valid, rngs)
-        run = choose("sinkhorn", self.site.backend, {"xla": self._xla})
-        return self.out(rearrange(run(q, k, v, valid, order), "b t h d -> b t (h d)"))
+        paths = {"xla": Path(self._xla)}
+        out = run("sinkhorn", self.site.backend, paths, q, k, v, valid, order)
+        return self.out(rearrange(out, "b t h d -> b t (h d)"))
 
     def order(
         self, x: Float[Array, "B T E"], valid: Bool[Array, "B T"], rngs: nnx.Rngs | None

@@ -15,7 +15,7 @@ from efficient_attn.attention.multihead import linear
 from efficient_attn.attention.synthesizer_parts import PARTS, Part
 from efficient_attn.config import at_least, require
 from kernels import Mask
-from kernels.dispatch import choose
+from kernels.dispatch import Path, run
 from kernels.masked_softmax import masked_softmax
 
 DENSE_LOGITS = 1 << 20
@@ -153,8 +153,9 @@ class Synthesizer(Mixer):
         }
 
     def _mix(self, rows, values, keys, mask: Mask):
-        run = choose("synthesizer", self.site.backend, {"xla": self._xla})
-        return self._project(run(rows, values, keys, mask))
+        paths = {"xla": Path(self._xla)}
+        out = run("synthesizer", self.site.backend, paths, rows, values, keys, mask)
+        return self._project(out)
 
     def _xla(self, rows, values, keys, mask: Mask):
         length = values.shape[1]

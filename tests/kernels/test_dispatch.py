@@ -1,4 +1,4 @@
-"""A named backend runs or says why not; `auto` takes the first of the table."""
+"""A named backend runs or says why not; `auto` takes the first that does not refuse."""
 
 import logging
 
@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from kernels import dispatch, linear_attention, local_conv, softmax_attention
+from kernels.dispatch import Path
 
 X = jnp.ones((1, 4, 2, 4))
 OPS = {
@@ -17,32 +18,57 @@ OPS = {
 }
 
 
+def small_only(x, *, limit):
+    return f"{x} is over {limit}; make it smaller" if x > limit else None
+
+
+PATHS = {
+    "pallas": Path(lambda x, limit: ("pallas", x), small_only),
+    "xla": Path(lambda x, limit: ("xla", x)),
+}
+
+
 @pytest.mark.parametrize("backend", ["pallas", "cudnn"])
 @pytest.mark.parametrize("name", OPS)
-def test_a_backend_that_is_missing_is_named_with_those_that_are_there(name, backend):
-    with pytest.raises(
-        NotImplementedError, match=f"{name} has no backend '{backend}' yet.*auto, xla"
-    ):
+def test_a_backend_that_cannot_run_here_is_refused_by_the_name_of_the_op(name, backend):
+    with pytest.raises(NotImplementedError, match=f"{name} (has no|with) backend '{backend}'"):
         OPS[name](backend)
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_auto_is_the_first_of_the_table(name):
+def test_on_a_cpu_auto_is_xla(name):
     assert (OPS[name]("auto") == OPS[name]("xla")).all()
+
+
+def test_a_path_that_is_missing_is_named_with_those_that_are_there():
+    with pytest.raises(
+        NotImplementedError, match="an op has no backend 'cudnn'.*auto, pallas, xla"
+    ):
+        dispatch.run("an op", "cudnn", PATHS, 1, limit=2)
+
+
+def test_a_named_path_that_refuses_says_why():
+    with pytest.raises(NotImplementedError, match="an op with backend 'pallas': 3 is over 2; make"):
+        dispatch.run("an op", "pallas", PATHS, 3, limit=2)
+
+
+def test_auto_takes_the_first_that_does_not_refuse():
+    assert dispatch.run("an op", "auto", PATHS, 2, limit=2) == ("pallas", 2)
+    assert dispatch.run("an op", "auto", PATHS, 3, limit=2) == ("xla", 3)
 
 
 def test_auto_says_once_what_it_took(caplog):
     dispatch._say_once.cache_clear()
     with caplog.at_level(logging.INFO, "kernels.dispatch"):
-        for _ in range(3):
-            assert dispatch.choose("an op", "auto", {"pallas": min, "xla": max}) is min
-    assert [r.message for r in caplog.records] == ["an op runs on backend pallas"]
+        for x in (1, 2, 3):
+            dispatch.run("an op", "auto", PATHS, x, limit=2)
+    said = [f"an op runs on backend {name}" for name in ("pallas", "xla")]
+    assert [r.message for r in caplog.records] == said
 
 
-def test_what_an_implementation_raises_propagates():
+def test_what_a_path_raises_propagates():
     def broken():
         raise RuntimeError("inside the kernel")
 
-    run = dispatch.choose("an op", "auto", {"pallas": broken, "xla": max})
     with pytest.raises(RuntimeError, match="inside the kernel"):
-        run()
+        dispatch.run("an op", "auto", {"pallas": Path(broken), "xla": Path(max)})
