@@ -56,7 +56,7 @@ def matmul(shape: tuple[int, int], *pairs) -> jax.Array:
             plgpu.wgmma(acc, a, b)
         return acc[...]
 
-    return pl.run_scoped(sum_up, plgpu.ACC(shape, jnp.float32))
+    return pl.run_scoped(sum_up, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
 
 def add_matmul(acc: jax.Array, *pairs, interpret) -> jax.Array:
@@ -68,7 +68,7 @@ def add_matmul(acc: jax.Array, *pairs, interpret) -> jax.Array:
         for a, b in pairs:
             plgpu.wgmma(ref, a, b)
 
-    return pl.run_state(sum_up)(plgpu.ACC.init(acc))
+    return pl.run_state(sum_up)(plgpu.WGMMAAccumulatorRef.init(acc))
 
 
 def spare(shape: tuple[int, ...], dtype, interpret) -> list:
