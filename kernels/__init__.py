@@ -5,6 +5,7 @@ features, G the number of key-value heads, K the number of taps of a convolution
 """
 
 from kernels.block_attention import Blocks, Part, block_attention, join
+from kernels.favor_attention import causal_favor_attention, favor_attention, favor_features
 from kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from kernels.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
 from kernels.linear_attention import (
@@ -26,7 +27,10 @@ __all__ = [
     "Mask",
     "Part",
     "block_attention",
+    "causal_favor_attention",
     "causal_linear_attention",
+    "favor_attention",
+    "favor_features",
     "gated_delta_rule",
     "gated_delta_rule_step",
     "gated_linear_attention",

@@ -17,10 +17,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels.favor_attention import exponential, favor_features, project, scaled
+
 FeatureMap = Literal[
     "positive", "hyperbolic", "trigonometric",
     "relu", "exp", "elu", "abs", "gelu", "cos", "tanh", "sigmoid", "identity",
 ]  # fmt: skip
+
+SOFTMAX_MAPS = ("positive", "hyperbolic", "trigonometric")
+"""The maps of FAVOR+: estimates of softmax attention (`kernels.favor_features`)."""
 
 GENERALISED: dict[str, Callable] = {
     "relu": jax.nn.relu,
@@ -61,30 +66,13 @@ def feature_map(
     Without a projection, generalised features act on x' itself. `epsilon` is added to the features
     of those generalised maps that can vanish (all but exp, elu and sigmoid).
     """
-    x = x.astype(jnp.float32) * x.shape[-1] ** -0.25
-    logits = x if projection is None else _project(x, projection)
-    half_square = jnp.sum(jnp.square(x), axis=-1) / 2
-    count = logits.shape[-1]
-    if kind == "trigonometric":  # lemma 1, the first line: unbiased, but of either sign
-        waves = jnp.concatenate([jnp.sin(logits), jnp.cos(logits)], axis=-1)
-        return waves * count**-0.5, half_square
-    if kind == "positive":  # lemma 1, the second line
-        return _exponential(logits, -half_square, count)
-    if kind == "hyperbolic":  # lemma 1, cosh: w and -w together
-        return _exponential(jnp.concatenate([logits, -logits], axis=-1), -half_square, 2 * count)
+    if projection is not None and kind in SOFTMAX_MAPS:
+        return favor_features(x, projection, feature_map=kind)
+    x = scaled(x)
+    logits = x if projection is None else project(x, projection)
     if kind == "exp":
-        return _exponential(logits, jnp.zeros_like(half_square), count)
+        return exponential(logits)
     features = GENERALISED[kind](logits)
     features = features if kind in ("elu", "sigmoid") else features + epsilon
-    return features * count**-0.5, jnp.zeros_like(half_square)
-
-
-def _project(x, projection):
-    """In full float32: the default of accelerators is off by percents once exponentiated."""
-    return jnp.einsum("bthd,rd->bthr", x, projection, precision=jax.lax.Precision.HIGHEST)
-
-
-def _exponential(logits, offset, count: int):
-    """exp(logits + offset) / sqrt(count), each vector's largest feature taken out as its scale."""
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    return jnp.exp(logits - top) * count**-0.5, top[..., 0] + offset
+    features = features * logits.shape[-1] ** -0.5
+    return features, jnp.zeros(features.shape[:3])

@@ -8,11 +8,10 @@ import jax
 
 from efficient_attn.attention.base import Buffer, redraw
 from efficient_attn.attention.diagnostics import Diagnostic, estimate_quality
-from efficient_attn.attention.features import FeatureMap, draw_projection, feature_map
-from efficient_attn.attention.kernelised import Kernelised
+from efficient_attn.attention.features import SOFTMAX_MAPS, FeatureMap, draw_projection, feature_map
+from efficient_attn.attention.kernelised import CHUNK, Kernelised
 from efficient_attn.config import positive_or_none, require
-
-SOFTMAX_MAPS = ("positive", "hyperbolic", "trigonometric")
+from kernels import Mask, causal_favor_attention, favor_attention
 
 
 class Performer(Kernelised):
@@ -74,11 +73,25 @@ class Performer(Kernelised):
         return attend._replace(multiply_adds=attend.multiply_adds + made)
 
     def __call__(self, q, k, v, *, mask, shared):
-        """See `kernels.linear_attention`."""
-        out = super().__call__(q, k, v, mask=mask, shared=shared)
-        if self.watched and self.config.feature_map in SOFTMAX_MAPS:
+        """See `kernels.favor_attention`; for generalised kernels, `kernels.linear_attention`."""
+        if self.config.feature_map not in SOFTMAX_MAPS:
+            return super().__call__(q, k, v, mask=mask, shared=shared)
+        out = favor_attention(q, k, v, self.projection[...], mask=mask, **self._how)
+        if self.watched:
             self.sow(Diagnostic, "favor", estimate_quality(self, q, k, v, out, mask=mask))
         return out
+
+    def prefill(self, q, k, v, state, *, keys):
+        """See `kernels.causal_favor_attention`."""
+        if self.config.feature_map not in SOFTMAX_MAPS:
+            return super().prefill(q, k, v, state, keys=keys)
+        mask = Mask(causal=True, keys=keys)
+        return causal_favor_attention(q, k, v, self.projection[...], state, mask=mask, **self._how)
+
+    @property
+    def _how(self):
+        kind = self.config.feature_map
+        return {"feature_map": kind, "chunk": CHUNK, "backend": self.site.backend}
 
     def features(self, x, positions):
         """(features, log_scale) of queries or keys; see `features.feature_map`."""
