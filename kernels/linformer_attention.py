@@ -23,8 +23,8 @@ def linformer_attention(
 ) -> Float[Array, "B T H Dv"]:
     """softmax(q k'^T / sqrt(D)) v' over the projected keys that are `alive`, all by default.
 
-    0 where none is. G key-value heads serve H query heads. Logits and their softmax are float32. 2 T R D multiply-adds a head; "pallas"
-    holds all R keys of a head on chip and writes no logits.
+    0 where none is. G key-value heads serve H query heads. Logits and their softmax are float32.
+    2 T R D multiply-adds a head; "pallas" holds a head's keys on chip and writes no logits.
 
     Raises:
         ValueError: `alive` does not fit, or G does not divide H.
