@@ -1,0 +1,203 @@
+"""Linear attention on Hopper: the contract of `kernels.fused_linear` as runs of `stream`.
+
+With x, y, z as in `kernels.pallas_gpu.stream`, and g_i = dout_i inv_den_i left to its vectors:
+
+    forward   q, k, v            divided by its normaliser
+    dq        dout, v, k         S transposed, made again
+    dv        k, q, dout         from the last chunk to the first, R in place of S
+    dk        v, dout, q         likewise, R transposed
+
+Each makes its own pass over memory and writes nothing but what it is run for.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels.pallas_gpu.stream import CHUNK, Role, stream
+
+DEPTHS = (64, 128)
+"""Sizes of heads that the kernels take."""
+
+
+def refuse(q, k, v, *, rank: int | None = None) -> str | None:
+    """Why these kernels do not take a case, and what to do; None where they do.
+
+    q, k, v: arrays, or their shapes and dtypes. rank: features of a fused projection, if any.
+    """
+    for name, a in (("q", q), ("k", k), ("v", v)):
+        if a.dtype != jnp.bfloat16:
+            return (
+                f"{name} is {jnp.dtype(a.dtype).name} and the Hopper kernels take bfloat16: "
+                "cast q, k and v, or use backend='xla'"
+            )
+    if rank is not None:
+        return "the Hopper kernels do not make features: use backend='xla'"
+    for name, a in (("k", k), ("v", v)):
+        if a.shape[-1] not in DEPTHS or a.shape[-1] != q.shape[-1]:
+            return (
+                f"{name} has {a.shape[-1]} channels a head beside q's {q.shape[-1]}, and the Hopper "
+                f"kernels take {' or '.join(map(str, DEPTHS))} of each: use backend='xla'"
+            )
+    return None
+
+
+def chunk_length(length: int, *, rank: int, dim: int) -> int:
+    """Tokens of a chunk."""
+    del length, rank, dim
+    return CHUNK
+
+
+def forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, ways: Any, *,
+    state: tuple[jax.Array, jax.Array] | None, projection: Any, normalise: bool, chunk: int,
+    interpret: Any,
+):  # fmt: skip
+    """out [B, T, H, Dv], den [B, H, T] (None unless `normalise`), (S, z) after the last token.
+
+    Arguments and formulas are those of `kernels.fused_linear`.
+    """
+    assert projection is None and chunk == CHUNK
+    heads = _heads(q, k, v)
+    factors, enter = {}, None
+    if ways is not None:
+        enter = ways.end
+        factors = {"row": -ways.row, "column": ways.col, "read": ways.start, "keep": ways.keep}
+    made = stream(
+        Role(divide=normalise), q, k, v, heads=heads, vectors=factors | {"enter": enter},
+        fill=enter, segments=_segments(ways), state=state, interpret=interpret,
+    )  # fmt: skip
+    return made.out, made.den, (made.S, _or_zeros(made.n, made.S))
+
+
+def backward(
+    q: jax.Array, k: jax.Array, v: jax.Array, ways: Any, *,
+    dout: jax.Array, inv_den: jax.Array, r: jax.Array,
+    state: tuple[jax.Array, jax.Array] | None, dstate: tuple[jax.Array, jax.Array] | None,
+    projection: Any, normalise: bool, chunk: int, interpret: Any,
+):  # fmt: skip
+    """dq, dk [B, T, H, D], dv [B, T, H, Dv], q_dq, k_dk [B, H, T], (dS, dz).
+
+    q_dq and k_dk, which nobody needs then, are None where `ways` is.
+    """
+    assert projection is None and chunk == CHUNK
+    gain, shift = (inv_den, r) if normalise else (None, None)
+    start = end = row = column = keep = None
+    if ways is not None:
+        start, end, row, column, keep = ways.start, ways.end, -ways.row, ways.col, ways.keep
+    shared = {
+        "heads": _heads(q, k, v), "segments": _segments(ways), "interpret": interpret,
+    }  # fmt: skip
+    both = {"keep": keep, "gain": gain}
+
+    role = Role(lift=normalise, own=ways is not None)
+    factors = both | {"row": row, "column": column, "shift": shift, "enter": end}
+    factors |= {"read": _product(start, gain), "lift": _product(start, shift)}
+    query = stream(
+        role, dout, v, k, q if role.own else None, vectors=factors, fill=end,
+        state=_turned(state), **shared,
+    )  # fmt: skip
+
+    later = both | {"row": column, "column": row, "read": end, "enter": _product(start, gain)}
+    role = Role(reverse=True, gain="columns")
+    value = stream(role, k, q, dout, vectors=later, state=dstate, **shared)
+
+    role = Role(reverse=True, gain="columns", lift=normalise, own=ways is not None)
+    key = stream(
+        role, v, dout, q, k if role.own else None, vectors=later | {"shift": shift, "lift": end},
+        fill=_product(start, shift), state=_turned(dstate), **shared,
+    )  # fmt: skip
+    before = (value.S, _or_zeros(key.n, value.S))
+    return query.out, key.out, value.out, query.own, key.own, before
+
+
+def sums(
+    k: jax.Array, v: jax.Array, *, end: jax.Array | None, projection: Any, chunk: int,
+    interpret: Any,
+):  # fmt: skip
+    """S = sum_j end_j k_j v_j^T [B, G, R, Dv] and z = sum_j end_j k_j [B, G, R]."""
+    assert projection is None and chunk == CHUNK
+    made = stream(
+        Role(out=False, within=False), None, k, v, heads=_heads(k, v), vectors={"enter": end},
+        fill=end, interpret=interpret,
+    )  # fmt: skip
+    return made.S, made.n
+
+
+def read(
+    q: jax.Array, S: jax.Array, z: jax.Array, *, projection: Any, normalise: bool, chunk: int,
+    interpret: Any,
+):  # fmt: skip
+    """out_i = q_i S, over den_i = <q_i, z> if `normalise`: [B, T, H, Dv] and [B, H, T] or None."""
+    assert projection is None and chunk == CHUNK
+    heads, state = _spread(q, S, z)
+    role = Role(within=False, update=False, divide=normalise)
+    made = stream(role, q, None, None, heads=heads, state=state, interpret=interpret)
+    return made.out, made.den
+
+
+def read_backward(
+    q: jax.Array, S: jax.Array, z: jax.Array, *, dout: jax.Array, inv_den: jax.Array, r: jax.Array,
+    projection: Any, chunk: int, interpret: Any,
+):  # fmt: skip
+    """dq [B, T, H, R] = g S^T + r z^T, and (dS, dz) = (sum q g^T, sum r q) of each of H heads."""
+    assert projection is None and chunk == CHUNK
+    heads, state = _spread(q, S, z)
+    role = Role(within=False, update=False, lift=True)
+    query = stream(
+        role, dout, None, None, heads=heads, vectors={"read": inv_den, "lift": r},
+        state=_turned(state), interpret=interpret,
+    )  # fmt: skip
+    role = Role(out=False, within=False)
+    made = stream(
+        role, None, q, dout, heads=heads, vectors={"enter": inv_den}, fill=r, interpret=interpret
+    )
+    return query.out, (made.S, made.n)
+
+
+def sums_backward(
+    k: jax.Array, v: jax.Array, dS: jax.Array, dz: jax.Array, *, end: jax.Array | None,
+    projection: Any, chunk: int, interpret: Any,
+):  # fmt: skip
+    """dk = end (v dS^T + dz), dv = end (k dS), k_dk = <k, dk> (None where `end` is)."""
+    assert projection is None and chunk == CHUNK
+    shared = {"heads": _heads(k, v), "interpret": interpret}
+    role = Role(within=False, update=False, lift=True, own=end is not None)
+    key = stream(
+        role, v, None, None, k if role.own else None, vectors={"read": end, "lift": end},
+        state=_turned((dS, dz)), **shared,
+    )  # fmt: skip
+    role = Role(within=False, update=False)
+    value = stream(role, k, None, None, vectors={"read": end}, state=(dS, dz), **shared)
+    return key.out, value.out, key.own
+
+
+def _heads(*arrays: jax.Array) -> int:
+    return max(a.shape[2] for a in arrays)
+
+
+def _segments(ways: Any) -> jax.Array | None:
+    return None if ways is None else ways.segments
+
+
+def _product(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
+    """a b, where None is one."""
+    if a is None or b is None:
+        return a if b is None else b
+    return a * b
+
+
+def _turned(state):
+    """(S transposed, z)."""
+    return None if state is None else (jnp.swapaxes(state[0], -1, -2), state[1])
+
+
+def _spread(q: jax.Array, *state: jax.Array):
+    """How many heads q or the state has, and the state of each."""
+    heads = max(q.shape[2], state[0].shape[1])
+    return heads, tuple(jnp.repeat(a, heads // a.shape[1], axis=1) for a in state)
+
+
+def _or_zeros(n: jax.Array | None, S: jax.Array) -> jax.Array:
+    return jnp.zeros_like(S[..., 0]) if n is None else n

@@ -1,0 +1,526 @@
+"""The kernel of linear attention on Hopper: one pass over memory, the state on chip.
+
+Chunk by chunk it holds, for a head and 64 of the columns of z,
+
+    p_ij  = (<x_i, y_j> gain + shift) exp(row_i + column_j)      over the j that i sees in its chunk
+    out_i = sum_j p_ij z_j + read_i x_i S + lift_i n
+    S     <- keep S + sum_j enter_j y_j z_j^T                    [D, 64] in float32 registers
+
+and a vector n: where out_i is divided by sum_j p_ij + read_i <x_i, n>, the sum of fill_j y_j, else
+of fill_j z_j. Products take bfloat16 and give float32.
+
+A CTA is two computing warpgroups and one that feeds them by TMA through a ring of stages: `full`
+barriers say that a stage has come, `empty` ones that both computing warpgroups are done with it.
+With 128 columns the two work on the halves of one head and share x and y, with 64 on two heads.
+
+n is summed by the tensor cores too, as products with a tile of eight rows that XLA lays out: two
+hold fill in two bfloat16 parts (16 bits of it), the others nothing. (A reduction over the rows of
+registers would go through shared memory that Mosaic gives to both warpgroups at once.)
+"""
+
+import dataclasses
+import functools
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels.pallas_gpu.wgmma import (
+    COLUMNS,
+    LAYOUT,
+    ROWS,
+    add_matmul,
+    constant,
+    left,
+    matmul,
+    shared,
+)
+
+CHUNK = 64
+"""Tokens of a chunk: the rows of a warpgroup's matrix product."""
+LEAST = 1e-30
+"""A normaliser below this is none."""
+MEMORY = 232_448
+"""Bytes of shared memory that a CTA can have."""
+WORKERS = 2
+"""Computing warpgroups of a CTA."""
+_WIDTH = 64  # columns of z that one of them takes
+_FILL = 8  # rows of the tile that n is summed with: the least that wgmma takes
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """What the kernel makes.
+
+    out: what rows read; else only the state. within: from their own chunk too, not just from S.
+    update: S changes from chunk to chunk. reverse: from the last chunk to the first; rows see what
+    comes after them. gain: "rows" or "columns" of p, what `gain` and `shift` run along. divide:
+    out is divided by its normaliser. lift: n is added. own: sums of out times a further array.
+    """
+
+    out: bool = True
+    within: bool = True
+    update: bool = True
+    reverse: bool = False
+    gain: str = "rows"
+    divide: bool = False
+    lift: bool = False
+    own: bool = False
+
+
+def stream(
+    role: Role,
+    x: jax.Array | None,
+    y: jax.Array | None,
+    z: jax.Array | None,
+    own: jax.Array | None = None,
+    *,
+    heads: int,
+    vectors: dict[str, jax.Array | None] | None = None,
+    fill: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    state: tuple[jax.Array, jax.Array] | None = None,
+    interpret: Any,
+) -> SimpleNamespace:
+    """Runs the kernel; see the module's formula.
+
+    x, y: bfloat16 [B, T, G, D]; z, own: [B, T, G, E], each with its own number of heads, which
+    divides `heads`; None what the role does not need. vectors: float32 [B, H, T] by name (`keep`:
+    [B, H, N]); one that is missing is 1 (`shift`: 0; `row` and `column`: 0, both). fill: [B, H, T];
+    None is 1. segments: int32 [B, T]. state: (S [B, H, D, E], n) before the first chunk, else 0.
+
+    Returns: out [B, T, H, E]; den and own [B, H, T]; S and n; None what the role does not make.
+    """
+    vectors = {name: a for name, a in (vectors or {}).items() if a is not None}
+    known = {"segments": segments is not None, "state": state is not None}
+    width = (z if z is not None else state[0]).shape[-1]
+    plan = _plan(role, width, x, y, heads, tuple(sorted(vectors)), **known)
+    inputs = {"x": x, "y": y, "z": z, "own": own, "vectors": _pack(vectors, plan)}
+    inputs["fill"] = _halves(fill, plan) if "fill" in plan.loads else None
+    inputs["segments"] = segments
+    inputs["S0"], inputs["n0"] = state if state is not None else (None, None)
+    inputs = {name: a for name, a in inputs.items() if a is not None}
+    outputs = plan.outputs()
+    body = functools.partial(_body, plan, tuple(inputs), tuple(outputs), interpret)
+    made = plgpu.kernel(
+        body,
+        out_type=tuple(outputs.values()),
+        grid=(-(-plan.units // WORKERS),),
+        grid_names=("pair",),
+        num_threads=WORKERS + 1,
+        thread_name="warpgroup",
+        scratch_types=plan.scratch(interpret),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        **({"interpret": interpret} if interpret else {}),
+    )(*inputs.values())
+    made = dict(zip(outputs, made, strict=True))
+    if "own" in made:
+        made["own"] = jnp.sum(made["own"], axis=0)
+    return SimpleNamespace(**{name: made.get(name) for name in ("out", "den", "own", "S", "n")})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """The sizes of one call; a unit is a head and 64 columns of z, of which a CTA takes two."""
+
+    role: Role
+    batch: int
+    length: int
+    heads: int
+    depth: int
+    width: int
+    names: tuple[str, ...]
+    stages: int
+    segments: bool
+    state: bool
+
+    @property
+    def splits(self) -> int:
+        return self.width // _WIDTH
+
+    @property
+    def units(self) -> int:
+        return self.batch * self.heads * self.splits
+
+    @property
+    def chunks(self) -> int:
+        return self.length // CHUNK
+
+    @property
+    def tiles(self) -> int:
+        """Different x, y and vectors of a CTA's two units."""
+        return 1 if self.splits % WORKERS == 0 else WORKERS
+
+    @property
+    def sums(self) -> bool:
+        """Whether there is an n."""
+        return self.role.divide or self.role.lift or not self.role.out
+
+    @property
+    def summed(self) -> str:
+        return "y" if self.role.divide or not self.role.out else "z"
+
+    @property
+    def n_width(self) -> int:
+        return self.depth if self.summed == "y" else self.width
+
+    @property
+    def loads(self) -> dict[str, tuple[int, tuple[int, ...], Any]]:
+        """What a stage holds, by name: how many, of which shape and dtype."""
+        role, bfloat16 = self.role, jnp.bfloat16
+        loads = {}
+        if role.out:
+            loads["x"] = (self.tiles, (CHUNK, self.depth), bfloat16)
+        if role.within or role.update:
+            loads["y"] = (self.tiles, (CHUNK, self.depth), bfloat16)
+            loads["z"] = (WORKERS, (CHUNK, _WIDTH), bfloat16)
+        if role.own:
+            loads["own"] = (WORKERS, (CHUNK, _WIDTH), bfloat16)
+        if self.names:
+            loads["vectors"] = (self.tiles, (len(self.names), CHUNK), jnp.float32)
+        if self.sums and role.update:
+            loads["fill"] = (self.tiles, (_FILL, CHUNK), bfloat16)
+        if self.segments:
+            loads["segments"] = (self.tiles, (CHUNK,), jnp.int32)
+        return loads
+
+    def outputs(self) -> dict[str, jax.ShapeDtypeStruct]:
+        make, f32 = jax.ShapeDtypeStruct, jnp.float32
+        row = (self.batch, self.heads, self.length)
+        made = {}
+        if self.role.out:
+            made["out"] = make((self.batch, self.length, self.heads, self.width), jnp.bfloat16)
+        if self.role.divide:
+            made["den"] = make(row, f32)
+        if self.role.own:
+            made["own"] = make((self.splits, *row), f32)
+        if self.role.update:
+            made["S"] = make((self.batch, self.heads, self.depth, self.width), f32)
+            if self.sums:
+                made["n"] = make((self.batch, self.heads, self.n_width), f32)
+        return made
+
+    @property
+    def own(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Shared memory that is a warpgroup's own: shape and dtype by name."""
+        role, bfloat16, f32 = self.role, jnp.bfloat16, jnp.float32
+        own: dict[str, tuple[tuple[int, ...], Any]] = {}
+        if role.out:
+            own["S"] = ((self.depth, _WIDTH), bfloat16)
+            own["out"] = ((CHUNK, _WIDTH), bfloat16)
+        if "enter" in self.names:
+            own["enter"] = ((CHUNK, _WIDTH), bfloat16)
+        if self.sums and role.out:
+            own["n"] = ((self.depth if role.divide else _WIDTH,), f32)
+        if role.divide:
+            own["den"] = ((CHUNK,), f32)
+        if role.own:
+            own["sum"] = ((CHUNK,), f32)
+        return own
+
+    @property
+    def bytes(self) -> int:
+        """Shared memory of a CTA; 8 kB are for barriers, alignment and what Mosaic asks for."""
+        size = lambda shape, dtype: math.prod(shape) * jnp.dtype(dtype).itemsize  # noqa: E731
+        ring = sum(count * size(*what) for count, *what in self.loads.values())
+        return self.stages * ring + WORKERS * sum(size(*o) for o in self.own.values()) + 8192
+
+    def scratch(self, interpret) -> dict[str, Any]:
+        """Shared memory and barriers by name."""
+        made: dict[str, Any] = {}
+        wanted = {n: ((count, *shape), dtype) for n, (count, shape, dtype) in self.loads.items()}
+        for name, (shape, dtype) in wanted.items():
+            make = shared if dtype == jnp.bfloat16 else plgpu.SMEM
+            made[f"{name}_s"] = make((self.stages, *shape), dtype)
+        for name, (shape, dtype) in self.own.items():
+            make = shared if dtype == jnp.bfloat16 else plgpu.SMEM
+            made[f"{name}_s"] = make((WORKERS, *shape), dtype)
+        if self.role.within and interpret:
+            made["spare_s"] = shared((WORKERS, CHUNK, CHUNK), jnp.bfloat16)
+        arrivals = sum(count for count, _, _ in self.loads.values())
+        made["full"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=self.stages)
+        made["empty"] = plgpu.Barrier(num_arrivals=WORKERS, num_barriers=self.stages)
+        return made
+
+
+def _plan(role: Role, width: int, x, y, heads: int, names, **known: bool) -> _Plan:
+    """As many stages as fit, up to four."""
+    some = x if x is not None else y
+    sizes = (*some.shape[:2], heads, some.shape[-1], width)
+    for stages in (4, 3, 2):
+        plan = _Plan(role, *sizes, names=names, stages=stages, **known)
+        if plan.bytes <= MEMORY:
+            return plan
+    raise AssertionError(f"no two stages of {plan} fit")
+
+
+def _pack(vectors: dict[str, jax.Array], plan: _Plan) -> jax.Array | None:
+    """[B, H, N, V, C], in the order of the plan's names; `keep` fills its row."""
+    if not vectors:
+        return None
+    whole = (plan.batch, plan.heads, plan.chunks, CHUNK)
+    split = lambda name, a: (  # noqa: E731
+        jnp.broadcast_to(a[..., None], whole) if name == "keep" else a.reshape(whole)
+    )
+    return jnp.stack([split(n, vectors[n].astype(jnp.float32)) for n in plan.names], axis=3)
+
+
+def _halves(fill: jax.Array | None, plan: _Plan) -> jax.Array:
+    """The tile [B, H, N, 8, C] that n is summed with; [1, 1, 1, 8, C] where fill is one."""
+    if fill is None:
+        fill = jnp.ones((1, 1, 1, CHUNK), jnp.float32)
+    else:
+        fill = fill.reshape(plan.batch, plan.heads, plan.chunks, CHUNK)
+    high = fill.astype(jnp.bfloat16)
+    low = (fill - high.astype(jnp.float32)).astype(jnp.bfloat16)
+    none = jnp.zeros((*fill.shape[:3], _FILL - 2, CHUNK), jnp.bfloat16)
+    return jnp.concatenate([high[..., None, :], low[..., None, :], none], axis=3)
+
+
+def _body(plan: _Plan, inputs, outputs, interpret, *refs, **scratch):
+    """What each of the three warpgroups does."""
+    r = SimpleNamespace(**dict(zip((*inputs, *(f"{o}_g" for o in outputs)), refs, strict=True)))
+    r.__dict__.update(scratch)
+    pair, warpgroup = lax.axis_index("pair"), lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup < WORKERS)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        _compute(plan, r, pair, warpgroup, interpret)
+
+    @pl.when(warpgroup == WORKERS)
+    def _():
+        plgpu.set_max_registers(48, action="decrease")
+        _feed(plan, r, pair)
+
+
+def _place(plan: _Plan, unit):
+    """Example, head and first column of a unit; past the last unit, that of the last."""
+    unit = jnp.minimum(unit, plan.units - 1)
+    head, split = lax.div(unit, jnp.int32(plan.splits)), lax.rem(unit, jnp.int32(plan.splits))
+    b, h = lax.div(head, jnp.int32(plan.heads)), lax.rem(head, jnp.int32(plan.heads))
+    return b, h, split * _WIDTH
+
+
+def _chunk(plan: _Plan, step):
+    return plan.chunks - 1 - step if plan.role.reverse else step
+
+
+def _feed(plan: _Plan, r, pair):
+    """The memory warpgroup: fills the ring, stage after stage."""
+    stages = plan.stages
+    group = lambda ref, h: lax.div(h, jnp.int32(plan.heads // ref.shape[2]))  # noqa: E731
+
+    def source(name, index, rows):
+        b, h, column = _place(plan, WORKERS * pair + index)
+        ref = getattr(r, name)
+        if name in ("x", "y"):
+            return ref.at[b, rows, group(ref, h)]
+        if name in ("z", "own"):
+            return ref.at[b, rows, group(ref, h), pl.ds(column, _WIDTH)]
+        if name == "segments":
+            return ref.at[b, rows]
+        one = ref.shape[:3] == (1, 1, 1)
+        return ref.at[(0, 0, 0) if one else (b, h, lax.div(rows.start, jnp.int32(CHUNK)))]
+
+    def fill(step, _):
+        slot = lax.rem(step, jnp.int32(stages))
+
+        @pl.when(step >= stages)
+        def _():
+            plgpu.barrier_wait(r.empty.at[slot])
+
+        rows = pl.ds(_chunk(plan, step) * CHUNK, CHUNK)
+        for name, (count, _, _) in plan.loads.items():
+            for index in range(count):
+                to = getattr(r, f"{name}_s").at[slot, index]
+                plgpu.copy_gmem_to_smem(source(name, index, rows), to, r.full.at[slot])
+        return ()
+
+    def drain(step, _):  # every barrier that completes is waited for: jax 0.11.2 checks it
+        plgpu.barrier_wait(r.empty.at[lax.rem(step, jnp.int32(stages))])
+        return ()
+
+    lax.fori_loop(0, plan.chunks, fill, ())
+    lax.fori_loop(max(plan.chunks - stages, 0), plan.chunks, drain, ())
+
+
+def _rows(vector, columns: int):
+    return lax.broadcast_in_dim(vector, (vector.shape[0], columns), [0])
+
+
+def _columns(vector, rows: int):
+    return lax.broadcast_in_dim(vector, (rows, vector.shape[0]), [1])
+
+
+def _compute(plan: _Plan, r, pair, warpgroup, interpret):
+    """A computing warpgroup: one head and 64 columns of z, chunk after chunk."""
+    role, unit = plan.role, WORKERS * pair + warpgroup
+    b, h, column = _place(plan, unit)
+    columns = pl.ds(column, _WIDTH)
+    tile = warpgroup if plan.tiles > 1 else 0
+    n_at = (b, h) if plan.summed == "y" else (b, h, columns)
+
+    def publish(S, n):
+        """S in bfloat16, and n, where products and rows read them."""
+        if role.out:
+            r.S_s.at[warpgroup][...] = S.astype(jnp.bfloat16)
+        if role.out and plan.sums:
+            r.n_s.at[warpgroup][...] = n.sum(axis=1)
+        plgpu.commit_smem()
+
+    def step(count, carry):
+        S, n = carry
+        slot, rows = lax.rem(count, jnp.int32(plan.stages)), _chunk(plan, count) * CHUNK
+        plgpu.barrier_wait(r.full.at[slot])
+        at = SimpleNamespace(slot=slot, tile=tile, warpgroup=warpgroup)
+        made = _read(plan, r, at, interpret) if role.out else {}
+        if role.update:
+            S, n = _update(plan, r, at, S, n, interpret)
+        plgpu.barrier_arrive(r.empty.at[slot])
+        if role.out:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was last made has left
+            for name, a in made.items():
+                getattr(r, f"{name}_s").at[warpgroup][...] = a
+            if role.update:
+                publish(S, n)
+            else:
+                plgpu.commit_smem()
+            _store(plan, r, unit, warpgroup, pl.ds(rows, CHUNK))
+        return S, n
+
+    n_rows = plan.depth if plan.summed == "y" else _WIDTH
+    if plan.state:
+        S = plgpu.load(r.S0.at[b, h, :, columns], layout=LAYOUT, optimized=False)
+    else:
+        S = constant(0.0, (plan.depth, _WIDTH))
+    n = constant(0.0, (n_rows, _FILL)) if plan.sums else ()
+    if plan.state and plan.sums:
+        n0 = plgpu.load(r.n0.at[n_at], layout=ROWS, optimized=False)
+        n = _rows(n0 * (1 / _FILL), _FILL)
+    publish(S, n)
+    S, n = lax.fori_loop(0, plan.chunks, step, (S, n))
+
+    if role.out:
+        plgpu.wait_smem_to_gmem(0)
+    if role.update:
+
+        @pl.when(unit < plan.units)
+        def _():
+            r.S_g.at[b, h, :, columns][...] = S
+            if plan.sums and plan.summed == "z":
+                r.n_g.at[n_at][...] = n.sum(axis=1)
+
+        if plan.sums and plan.summed == "y":
+
+            @pl.when((unit < plan.units) & (column == 0))
+            def _():
+                r.n_g.at[n_at][...] = n.sum(axis=1)
+
+
+def _read(plan: _Plan, r, at, interpret) -> dict[str, jax.Array]:
+    """What the rows of a chunk read, by the name of the output."""
+    role, x = plan.role, r.x_s.at[at.slot, at.tile]
+    vector = functools.partial(_vector, plan, r, at)
+    read, made, inner = vector("read", ROWS), {}, []
+    den = None
+    if role.within:
+        p = _weights(plan, r, at)
+        den = p.sum(axis=1)
+        spare_s = r.spare_s.at[at.warpgroup] if interpret else None
+        inner = [(left(p.astype(jnp.bfloat16), spare_s), r.z_s.at[at.slot, at.warpgroup])]
+    past = (x, r.S_s.at[at.warpgroup])
+    if read is None:
+        out = matmul((CHUNK, _WIDTH), past, *inner)
+    else:
+        out = matmul((CHUNK, _WIDTH), past) * _rows(read, _WIDTH)
+        out = add_matmul(out, *inner, interpret=interpret) if inner else out
+    if role.lift:
+        n = _columns(plgpu.load(r.n_s.at[at.warpgroup], layout=COLUMNS), CHUNK)
+        lift = vector("lift", ROWS)
+        out += n if lift is None else n * _rows(lift, _WIDTH)
+    if role.divide:
+        n = _columns(plgpu.load(r.n_s.at[at.warpgroup], layout=COLUMNS), CHUNK)
+        past_den = (plgpu.load(x, layout=LAYOUT).astype(jnp.float32) * n).sum(axis=1)
+        past_den = past_den if read is None else past_den * read
+        den = past_den if den is None else den + past_den
+        dead = jnp.abs(den) <= LEAST  # NaN is alive
+        out *= _rows(jnp.where(dead, 0.0, 1 / jnp.where(dead, 1.0, den)), _WIDTH)
+        made["den"] = den
+    if role.own:
+        own = plgpu.load(r.own_s.at[at.slot, at.warpgroup], layout=LAYOUT)
+        made["sum"] = (out * own.astype(jnp.float32)).sum(axis=1)
+    return made | {"out": out.astype(jnp.bfloat16)}
+
+
+def _weights(plan: _Plan, r, at):
+    """p of a chunk, 0 where a row does not see a column."""
+    vector = functools.partial(_vector, plan, r, at)
+    y = r.y_s.at[at.slot, at.tile]
+    p = matmul((CHUNK, CHUNK), (r.x_s.at[at.slot, at.tile], y.transpose((1, 0))))
+    along, spread = (ROWS, _rows) if plan.role.gain == "rows" else (COLUMNS, _columns)
+    if "gain" in plan.names:
+        p *= spread(vector("gain", along), CHUNK)
+    if "shift" in plan.names:
+        p += spread(vector("shift", along), CHUNK)
+    i, j = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), d, layout=LAYOUT) for d in (0, 1))
+    seen = i <= j if plan.role.reverse else i >= j
+    if plan.segments:
+        ids = r.segments_s.at[at.slot, at.tile]
+        ids = (plgpu.load(ids, layout=ROWS), plgpu.load(ids, layout=COLUMNS))
+        seen &= _rows(ids[0], CHUNK) == _columns(ids[1], CHUNK)
+    if "row" not in plan.names:
+        return jnp.where(seen, p, 0.0)
+    exponent = _rows(vector("row", ROWS), CHUNK) + _columns(vector("column", COLUMNS), CHUNK)
+    return p * jnp.exp(jnp.where(seen, exponent, -jnp.inf))
+
+
+def _update(plan: _Plan, r, at, S, n, interpret):
+    """S and n after a chunk."""
+    y, z = r.y_s.at[at.slot, at.tile], r.z_s.at[at.slot, at.warpgroup]
+    summed = y if plan.summed == "y" else z
+    enter = _vector(plan, r, at, "enter", ROWS)
+    if "keep" in plan.names:
+        keep = r.vectors_s[at.slot, at.tile, plan.names.index("keep"), 0]
+        S, n = S * keep, n * keep if plan.sums else n
+    if plan.sums:
+        fill = r.fill_s.at[at.slot, at.tile]
+        pairs = (summed.transpose((1, 0)), fill.transpose((1, 0)))
+        n = add_matmul(n, pairs, interpret=interpret)
+    if enter is not None:
+        entering = plgpu.load(z, layout=LAYOUT).astype(jnp.float32) * _rows(enter, _WIDTH)
+        z = r.enter_s.at[at.warpgroup]
+        z[...] = entering.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+    return add_matmul(S, (y.transpose((1, 0)), z), interpret=interpret), n
+
+
+def _vector(plan: _Plan, r, at, name: str, layout):
+    """One of the vectors of a chunk, or None where it is one."""
+    if name not in plan.names:
+        return None
+    return plgpu.load(r.vectors_s.at[at.slot, at.tile, plan.names.index(name)], layout=layout)
+
+
+def _store(plan: _Plan, r, unit, warpgroup, rows):
+    """Sends what `_compute` has put into shared memory."""
+    b, h, column = _place(plan, unit)
+
+    @pl.when(unit < plan.units)
+    def _():
+        to = r.out_g.at[b, rows, h, pl.ds(column, _WIDTH)]
+        plgpu.copy_smem_to_gmem(r.out_s.at[warpgroup], to)
+        if plan.role.own:
+            to = r.own_g.at[lax.div(column, jnp.int32(_WIDTH)), b, h, rows]
+            plgpu.copy_smem_to_gmem(r.sum_s.at[warpgroup], to)
+
+    if plan.role.divide:
+
+        @pl.when((unit < plan.units) & (column == 0))
+        def _():
+            plgpu.copy_smem_to_gmem(r.den_s.at[warpgroup], r.den_g.at[b, h, rows])

@@ -1,0 +1,165 @@
+"""The Hopper kernels of linear attention in the interpreter that looks for races.
+
+The reference is the contract of `kernels.fused_linear`, token by token in float64.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+VERSION = tuple(int(n) for n in jax.__version__.split(".")[:3])
+if VERSION < (0, 11, 2):
+    pytest.skip("GPU kernels are interpreted from jax 0.11.2 on", allow_module_level=True)
+
+from jax.experimental.pallas import mosaic_gpu as plgpu  # noqa: E402
+
+from kernels.fused_linear import Ways  # noqa: E402
+from kernels.pallas_gpu import linear  # noqa: E402
+from tests import support  # noqa: E402
+
+CHUNK, BATCH = linear.CHUNK, 1
+INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
+
+
+def factors(heads: int, length: int, *, segments: bool = False, seed: int = 0) -> Ways:
+    """Every factor drawn on its own: the contract holds for any."""
+    random = np.random.default_rng(seed)
+    row = random.uniform(0, 1, (BATCH, heads, length))
+    col, start, end = (random.uniform(-1, 0, (BATCH, heads, length)) + s for s in (0, 1, 1))
+    keep = random.uniform(0, 1, (BATCH, heads, length // CHUNK))
+    col[..., length // 3], end[..., length // 3] = -np.inf, 0.0
+    ids = np.sort(random.integers(0, 4, (BATCH, length))).astype(np.int32)
+    made = (jnp.asarray(a, jnp.float32) for a in (row, col, start, end, keep))
+    return Ways(*made, jnp.asarray(ids) if segments else None)
+
+
+def repeated(x, heads: int):
+    return jnp.repeat(x, heads // x.shape[2], axis=2)
+
+
+def reference(q, k, v, S, z, *, ways, normalise):
+    """out, den and the state: float64 sums over all pairs of a chunk."""
+    heads = max(x.shape[2] for x in (q, k, v))
+    q, k, v = (repeated(x, heads) for x in (q, k, v))
+    length, outs, dens = q.shape[1], [], []
+    for n in range(length // CHUNK):
+        at = slice(n * CHUNK, (n + 1) * CHUNK)
+        w = jnp.einsum("bihd,bjhd->bhij", q[:, at], k[:, at])
+        seen = jnp.tril(jnp.ones((1, 1, CHUNK, CHUNK), bool))
+        start = end = jnp.ones((*z.shape[:2], CHUNK))
+        keep = jnp.ones(z.shape[:2])
+        if ways is not None:
+            start, end, keep = ways.start[..., at], ways.end[..., at], ways.keep[..., n]
+            w = w * jnp.exp(ways.col[..., None, at] - ways.row[..., at, None])
+            if ways.segments is not None:
+                ids = ways.segments[:, at]
+                seen = seen & (ids[:, :, None] == ids[:, None, :])[:, None]
+        w = jnp.where(seen, w, 0.0)
+        num = jnp.einsum("bhij,bjhd->bihd", w, v[:, at])
+        num += jnp.einsum("bhi,bihr,bhrd->bihd", start, q[:, at], S)
+        den = w.sum(-1) + start * jnp.einsum("bihr,bhr->bhi", q[:, at], z)
+        outs.append(num / jnp.moveaxis(den, 1, 2)[..., None] if normalise else num)
+        dens.append(den)
+        S = keep[..., None, None] * S + jnp.einsum("bhj,bjhr,bjhd->bhrd", end, k[:, at], v[:, at])
+        z = keep[..., None] * z + jnp.einsum("bhj,bjhr->bhr", end, k[:, at])
+    return jnp.concatenate(outs, 1), jnp.concatenate(dens, 2), S, z
+
+
+def draw(dim: int, length: int, heads=(2, 2, 2), *, positive: bool, seed: int = 0):
+    """q, k, v in bfloat16; features are positive where a normaliser divides."""
+    random = np.random.default_rng(seed)
+    made = [random.standard_normal((BATCH, length, h, dim)) for h in heads]
+    if positive:
+        made[:2] = (np.abs(x) + 0.1 for x in made[:2])
+    return [jnp.asarray(x, jnp.bfloat16) for x in made]
+
+
+def a_state(heads: int, dim: int, seed: int = 5):
+    random = np.random.default_rng(seed)
+    S = random.standard_normal((BATCH, heads, dim, dim))
+    z = 3 * np.abs(random.standard_normal(S.shape[:3])) + 1
+    return jnp.asarray(3 * S, jnp.float32), jnp.asarray(z, jnp.float32)
+
+
+def wide(*arrays):
+    return [
+        None if a is None else jnp.asarray(np.asarray(a.astype(jnp.float32)), jnp.float64)
+        for a in arrays
+    ]
+
+
+def near(made, expected, tolerance: float) -> None:
+    made = np.asarray(made.astype(jnp.float32), np.float64)
+    assert made.shape == expected.shape and np.isfinite(made).all()
+    assert support.relative(made, np.asarray(expected)) < tolerance
+
+
+def near_product(made, x, gradient, tolerance: float) -> None:
+    """made = <x, gradient> by row; beside the sizes of both, for it may vanish."""
+    x = np.float64(repeated(x, gradient.shape[2]).astype(jnp.float32))
+    off = np.asarray(made) - np.einsum("bthd,bthd->bht", x, gradient)
+    size = np.linalg.norm(x, axis=-1) * np.linalg.norm(gradient, axis=-1)
+    assert np.linalg.norm(off) < tolerance * np.linalg.norm(size)
+
+
+def check(dim, length, *, ways=None, normalise=True, state=None, heads=(2, 2, 2), gradients=True):
+    """Forward and backward of one case against the reference and its derivatives."""
+    H = max(heads)
+    q, k, v = draw(dim, length, heads, positive=normalise)
+    how = {"projection": None, "normalise": normalise, "chunk": CHUNK, "interpret": INTERPRET}
+    out, den, last = jax.jit(lambda *a: linear.forward(*a, ways, state=state, **how))(q, k, v)
+    rng = np.random.default_rng(7)
+    dout = jnp.asarray(rng.standard_normal((BATCH, length, H, dim)), jnp.bfloat16)
+    dstate = tuple(jnp.float32(rng.standard_normal(a.shape)) for a in last)
+    with jax.enable_x64(True):
+        S, z = a_state(H, dim) if state is None else state
+        S, z = (jnp.asarray(a * (state is not None), jnp.float64) for a in (S, z))
+        exact = (
+            None
+            if ways is None
+            else Ways(*(jnp.asarray(a, jnp.float64) for a in ways[:5]), ways.segments)
+        )
+        function = lambda *a: reference(*a, ways=exact, normalise=normalise)  # noqa: E731
+        expected, back = jax.vjp(
+            jax.jit(function), *wide(*(repeated(x, H) for x in (q, k, v))), S, z
+        )
+        grads = back(
+            (
+                *wide(dout),
+                jnp.zeros_like(expected[1]),
+                *(jnp.asarray(a, jnp.float64) for a in dstate),
+            )
+        )
+        expected, grads = jax.tree.map(np.asarray, (expected, grads))
+    near(out, expected[0], 5e-3)
+    near(last[0], expected[2], 5e-3)
+    if normalise:
+        near(den, expected[1], 5e-3)
+        near(last[1], expected[3], 1e-4)
+    if not gradients:
+        return
+    inv_den = jnp.float32(1 / expected[1]) if normalise else jnp.ones(expected[1].shape)
+    both = np.einsum("bthd,bthd->bht", np.float64(dout.astype(jnp.float32)), expected[0])
+    r = jnp.float32(-both * inv_den) if normalise else jnp.zeros_like(inv_den)
+    how |= {"dout": dout, "inv_den": inv_den, "r": r, "state": state, "dstate": dstate}
+    dq, dk, dv, q_dq, k_dk, (dS, dz) = jax.jit(lambda *a: linear.backward(*a, ways, **how))(q, k, v)
+    for made, gradient in zip((dq, dk, dv, dS), grads, strict=False):
+        near(made, gradient, 1e-2)
+    if normalise:
+        near(dz, grads[4], 1e-2)
+    if ways is not None:
+        near_product(q_dq, q, grads[0], 1e-2)
+        near_product(k_dk, k, grads[1], 1e-2)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_plain(dim):
+    check(dim, 128, normalise=False)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_all(dim):
+    """Ways, segments, grouped heads and a state before, normalised."""
+    ways = factors(2, 192, segments=True)
+    check(dim, 192, ways=ways, state=a_state(2, dim), heads=(2, 1, 2))
