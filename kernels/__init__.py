@@ -15,6 +15,7 @@ from kernels.linear_attention import (
     linear_attention_init,
     linear_attention_step,
 )
+from kernels.linformer_attention import linformer_attention
 from kernels.local_conv import last_inputs, local_conv, local_conv_step
 from kernels.lsh_attention import lsh_attention
 from kernels.mask import Mask
@@ -40,6 +41,7 @@ __all__ = [
     "linear_attention",
     "linear_attention_init",
     "linear_attention_step",
+    "linformer_attention",
     "local_conv",
     "local_conv_step",
     "lsh_attention",

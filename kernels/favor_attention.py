@@ -9,12 +9,14 @@ key has a say. No array of T x R numbers is written out, forward or backward.
 """
 
 import functools
+import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels import fused_linear
 from kernels.dispatch import Backend, Path, run
 from kernels.linear_attention import (
     FeatureMap,
@@ -51,7 +53,7 @@ def favor_attention(
     mask = mask or Mask()
     mask.check(q.shape[1], k.shape[1])
     how = {"feature_map": feature_map, "mask": mask, "learn_projection": learn_projection}
-    paths = {"xla": Path(_xla)}
+    paths = {"pallas": Path(_fused, _refuse), "xla": Path(_xla)}
     return run("favor_attention", backend, paths, q, k, v, projection, **how, chunk=chunk)
 
 
@@ -79,7 +81,7 @@ def causal_favor_attention(
     if not mask.causal:
         raise ValueError("causal_favor_attention takes a causal mask: Mask(causal=True, ...)")
     how = {"feature_map": feature_map, "mask": mask, "learn_projection": learn_projection}
-    paths = {"xla": Path(_xla_causal)}
+    paths = {"pallas": Path(_fused_causal, _refuse_causal), "xla": Path(_xla_causal)}
     return run(
         "causal_favor_attention", backend, paths, q, k, v, projection, state, **how, chunk=chunk
     )
@@ -138,3 +140,37 @@ def _xla_causal(q, k, v, projection, state, *, feature_map, mask, learn_projecti
     return causal_linear_attention(
         q, k, v, state, features=phi, mask=mask, chunk=chunk, backend="xla"
     )
+
+
+def _weight(projection, feature_map: FavorMap):
+    """The rows that exponential features are made with, of x as it is given."""
+    w = projection * projection.shape[1] ** -0.25
+    return jnp.concatenate([w, -w]) if feature_map == "hyperbolic" else w
+
+
+def _fused(q, k, v, projection, *, feature_map, mask, learn_projection, chunk):
+    half = 0.5 * projection.shape[1] ** -0.5
+    w = _weight(projection, feature_map)
+    return fused_linear.favor(q, k, v, w, half=half, mask=mask, chunk=chunk)
+
+
+def _fused_causal(q, k, v, projection, state, *, feature_map, mask, learn_projection, chunk):
+    half = 0.5 * projection.shape[1] ** -0.5
+    w = _weight(projection, feature_map)
+    count = jnp.full_like(k, -0.5 * math.log(len(w)), jnp.float32, shape=k.shape[:3])
+    return fused_linear.favor(
+        q, k, v, w, half=half, log_scale=count, mask=mask, chunk=chunk, state=state
+    )  # R^-1/2, by which the features of `favor_features` are smaller, is in the state
+
+
+def _refuse(q, k, v, projection, *, feature_map, mask, learn_projection, chunk):
+    if feature_map == "trigonometric":
+        return "the fused kernels make positive and hyperbolic features: use backend='xla'"
+    if learn_projection:
+        return "the fused kernels give the projection no gradient: use backend='xla'"
+    rows = jax.eval_shape(lambda w: _weight(w, feature_map), projection)
+    return fused_linear.refuse_favor(q, k, v, rows, mask=mask)
+
+
+def _refuse_causal(q, k, v, projection, state, **how):
+    return _refuse(q, k, v, projection, **how)

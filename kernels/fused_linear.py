@@ -40,7 +40,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from kernels.mask import Mask
-from kernels.target import target
+from kernels.target import refuse_division, target
 
 LEAST = 1e-30
 """A normaliser below this is none, as in `kernels.linear_attention`."""
@@ -203,6 +203,8 @@ def _refuse(q, k, v, rank: int | None, mask: Mask) -> str | None:
     chip = target().chip
     if chip not in MODULES:
         return f"there are kernels for TPUs and Hopper GPUs, not for this {chip}: use backend='xla'"
+    if reason := refuse_division():
+        return reason
     if mask.segments is not None and not mask.causal:
         return "the fused kernels take segments with a causal mask only: use backend='xla'"
     heads = max(x.shape[2] for x in (q, k, v))

@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float
 
 from kernels.block_attention import Part
 from kernels.mask import Mask
-from kernels.target import target
+from kernels.target import refuse_division, target
 
 RESIDENT = 512
 """Up to this many keys, all of a head's are on chip at once: Linformer's rank."""
@@ -201,6 +201,8 @@ def _refuse(q, k, v, *, mask: Mask, **how) -> str | None:
     version = tuple(int(x) for x in jax.__version__.split(".")[:2])
     if chip not in MODULES:
         return f"Pallas kernels run on TPU and NVIDIA Hopper, not on a {chip}; take backend='xla'"
+    if reason := refuse_division():
+        return reason
     if version < (0, 11):
         return f"the Pallas kernels need jax 0.11.2, this is {jax.__version__}"
     if not q.dtype == k.dtype == v.dtype:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jaxtyping import Array, Float
 
+from kernels import fused_linear
 from kernels.dispatch import Backend, Path, run
 from kernels.mask import Mask
 from kernels.recurrence import Reach, causal, fade, scan_chunks, written
@@ -50,7 +51,8 @@ def gated_linear_attention(
     if v.shape[2] % q.shape[2]:
         raise ValueError(f"{q.shape[2]} groups of keys do not divide {v.shape[2]} heads")
     how = {"mask": mask, "chunk": chunk, "state": initial_state}
-    return run("gated_linear_attention", backend, {"xla": Path(_xla)}, q, k, v, log_decay, **how)
+    paths = {"pallas": Path(fused_linear.gated, fused_linear.refuse_gated), "xla": Path(_xla)}
+    return run("gated_linear_attention", backend, paths, q, k, v, log_decay, **how)
 
 
 def gated_linear_attention_step(

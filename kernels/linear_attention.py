@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels import fused_linear
 from kernels.dispatch import Backend, Path, run
-from kernels.mask import Mask
+from kernels.mask import Mask, check_heads
 from kernels.recurrence import Reach, scan_chunks
 
 FeatureMap = Callable[
@@ -43,11 +44,11 @@ class LinearState(NamedTuple):
 
 def linear_attention(
     q: Float[Array, "B T H D"],
-    k: Float[Array, "B S H D"],
-    v: Float[Array, "B S H Dv"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G Dv"],
     *,
     features: FeatureMap | None = None,
-    log_scale: Float[Array, "B S H"] | None = None,
+    log_scale: Float[Array, "B S G"] | None = None,
     mask: Mask | None = None,
     chunk: int = 128,
     backend: Backend = "auto",
@@ -55,6 +56,7 @@ def linear_attention(
     """Linear attention of q on k; see the module's formula.
 
     features: phi, of queries and keys at their positions 0, 1, ...; None takes q and k as they are.
+    G key-value heads serve H query heads, G dividing H.
 
     By a scan over chunks: of up to `chunk` keys where the mask is causal or has segments, T (chunk
     (R + Dv) + 2 R Dv) multiply-adds a head with no prefix sum per position, twice that with
@@ -63,23 +65,28 @@ def linear_attention(
     whose normaliser is below `LEAST` (it sees no key, or shares no live feature with any) gives 0.
 
     Raises:
-        ValueError: the mask does not fit.
-        NotImplementedError: the op has no such backend.
+        ValueError: the mask does not fit, or G does not divide H.
+        NotImplementedError: the op has no such backend, or it does not take these arguments.
     """
     mask = mask or Mask()
     mask.check(q.shape[1], k.shape[1])
-    how = {"features": features or _given, "log_scale": log_scale, "mask": mask, "chunk": chunk}
-    return run("linear_attention", backend, {"xla": Path(_xla)}, q, k, v, **how)
+    check_heads(q, k)
+    how = {"features": features, "log_scale": log_scale, "mask": mask, "chunk": chunk}
+    paths = {
+        "pallas": Path(fused_linear.linear, fused_linear.refuse_linear),
+        "xla": Path(_xla),
+    }
+    return run("linear_attention", backend, paths, q, k, v, **how)
 
 
 def causal_linear_attention(
     q: Float[Array, "B T H D"],
-    k: Float[Array, "B T H D"],
-    v: Float[Array, "B T H Dv"],
+    k: Float[Array, "B T G D"],
+    v: Float[Array, "B T G Dv"],
     state: LinearState,
     *,
     features: FeatureMap | None = None,
-    log_scale: Float[Array, "B T H"] | None = None,
+    log_scale: Float[Array, "B T G"] | None = None,
     mask: Mask | None = None,
     chunk: int = 128,
     backend: Backend = "auto",
@@ -90,17 +97,20 @@ def causal_linear_attention(
     `features` counts positions from 0 anew.
 
     Raises:
-        ValueError: the mask does not fit or is not causal.
-        NotImplementedError: the op has no such backend.
+        ValueError: the mask does not fit or is not causal, or G does not divide H.
+        NotImplementedError: the op has no such backend, or it does not take these arguments.
     """
     mask = mask or Mask(causal=True)
     mask.check(q.shape[1], k.shape[1])
     if not mask.causal:
         raise ValueError("causal_linear_attention takes a causal mask: Mask(causal=True, ...)")
-    how = {"features": features or _given, "log_scale": log_scale, "mask": mask, "chunk": chunk}
-    return run(
-        "causal_linear_attention", backend, {"xla": Path(_xla_causal)}, q, k, v, state, **how
-    )
+    check_heads(q, k)
+    how = {"features": features, "log_scale": log_scale, "mask": mask, "chunk": chunk}
+    paths = {
+        "pallas": Path(fused_linear.causal, fused_linear.refuse_causal),
+        "xla": Path(_xla_causal),
+    }
+    return run("causal_linear_attention", backend, paths, q, k, v, state, **how)
 
 
 def linear_attention_init(batch: int, heads: int, features: int, dim: int) -> LinearState:
@@ -111,15 +121,16 @@ def linear_attention_init(batch: int, heads: int, features: int, dim: int) -> Li
 
 def linear_attention_step(
     q: Float[Array, "B 1 H R"],
-    k: Float[Array, "B 1 H R"],
-    v: Float[Array, "B 1 H Dv"],
+    k: Float[Array, "B 1 G R"],
+    v: Float[Array, "B 1 G Dv"],
     state: LinearState,
     *,
-    log_scale: Float[Array, "B 1 H"] | None = None,
+    log_scale: Float[Array, "B 1 G"] | None = None,
 ) -> tuple[Float[Array, "B 1 H Dv"], LinearState]:
     """One token of causal linear attention, features given: update the state, read it out."""
     tokens = _tokens(k, v, log_scale, Mask())
-    q, (k, values, scale) = q.astype(jnp.float32), _keys(tokens, _given)
+    phi = _grouped(_given, q.shape[2])
+    q, (k, values, scale) = q.astype(jnp.float32), _keys(tokens, phi)
     new = jnp.maximum(state.top, scale[:, 0])
     kept, entering = (jnp.exp(x - _finite(new)) for x in (state.top, scale[:, 0]))
     memory = kept[..., None, None] * state.memory
@@ -133,7 +144,8 @@ def even(length: int, chunk: int) -> int:
     return -(-length // -(-length // chunk))
 
 
-def _xla(q, k, v, *, features: FeatureMap, log_scale, mask: Mask, chunk: int):
+def _xla(q, k, v, *, features: FeatureMap | None, log_scale, mask: Mask, chunk: int):
+    features = _grouped(features or _given, q.shape[2])
     tokens = _tokens(k, v, log_scale, mask)
     if not mask.causal and mask.segments is None:
         return _two_sided(q, tokens, features, 4 * chunk).astype(v.dtype)
@@ -147,7 +159,8 @@ def _xla(q, k, v, *, features: FeatureMap, log_scale, mask: Mask, chunk: int):
     return _divide(sums).astype(v.dtype)
 
 
-def _xla_causal(q, k, v, state, *, features: FeatureMap, log_scale, mask: Mask, chunk: int):
+def _xla_causal(q, k, v, state, *, features: FeatureMap | None, log_scale, mask: Mask, chunk: int):
+    features = _grouped(features or _given, q.shape[2])
     tokens = _tokens(k, v, log_scale, mask)
     how = {"features": features, "chunk": chunk, "strict": False}
     (sums, _), state = _scan(q, tokens, mask.segments, state, **how)
@@ -157,9 +170,9 @@ def _xla_causal(q, k, v, state, *, features: FeatureMap, log_scale, mask: Mask, 
 class _Tokens(NamedTuple):
     """Keys and values as they were given; what is filled up with zeros is not `seen`."""
 
-    k: Float[Array, "B S H D"]
-    v: Float[Array, "B S H Dv"]
-    scale: Float[Array, "B S H"]
+    k: Float[Array, "B S G D"]
+    v: Float[Array, "B S G Dv"]
+    scale: Float[Array, "B S G"]
     seen: Bool[Array, "B S"]
     at: Int[Array, "B S"]
 
@@ -178,11 +191,25 @@ def _given(x, at):
     return x.astype(jnp.float32), None
 
 
+def _grouped(features: FeatureMap, heads: int) -> FeatureMap:
+    """`features`, those of a key-value head once for each of the query heads that it serves."""
+
+    def repeated(x, at):
+        made = features(x, at)
+        times = heads // x.shape[2]
+        return made if times == 1 else jax.tree.map(lambda y: jnp.repeat(y, times, axis=2), made)
+
+    return repeated
+
+
 def _keys(tokens: _Tokens, features: FeatureMap):
     """float32 features, values with a column of ones (which sums the weights), log scales."""
     k, own = features(tokens.k, tokens.at)
-    scale = tokens.scale if own is None else tokens.scale + own
-    v = tokens.v.astype(jnp.float32)
+    scale, v = (
+        jnp.repeat(x, k.shape[2] // x.shape[2], axis=2)
+        for x in (tokens.scale, tokens.v.astype(jnp.float32))
+    )
+    scale = scale if own is None else scale + own
     values = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
     seen = tokens.seen[:, :, None]
     k, values = (jnp.where(seen[..., None], x, 0.0) for x in (k, values))
@@ -211,7 +238,7 @@ def _divide(sums):
 
 def _empty(q, tokens: _Tokens, features: FeatureMap) -> LinearState:
     """The state before the first token; "like" q, so that it is sharded as q is."""
-    made = jax.eval_shape(features, tokens.k[:, :1], tokens.at[:, :1])[0]
+    made = jax.eval_shape(features, tokens.k[:, :1], tokens.at[:, :1])[0]  # of all heads
     shape = (q.shape[0], *made.shape[2:], tokens.v.shape[3] + 1)
     top = jnp.full_like(q, -jnp.inf, jnp.float32, shape=shape[:2])
     return LinearState(jnp.zeros_like(q, jnp.float32, shape=shape), top)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
-from kernels.dispatch import Backend, Path, run
 from kernels.mask import Mask
 
 
@@ -20,7 +19,6 @@ def local_conv(
     weights: Float[Array, "#B #T H K"],
     *,
     mask: Mask | None = None,
-    backend: Backend = "auto",
 ) -> Float[Array, "B T E"]:
     """Convolve x with K taps; channel c belongs to head c H // E.
 
@@ -30,13 +28,30 @@ def local_conv(
 
     Raises:
         ValueError: the mask does not fit, or H does not divide E.
-        NotImplementedError: the op has no such backend.
     """
     mask = mask or Mask()
     mask.check(x.shape[1], x.shape[1])
     if x.shape[2] % weights.shape[2]:
         raise ValueError(f"{weights.shape[2]} heads do not divide {x.shape[2]} channels")
-    return run("local_conv", backend, {"xla": Path(_xla)}, x, weights, mask=mask)
+    length, taps, dtype = x.shape[1], weights.shape[-1], x.dtype
+    x, weights = x.astype(jnp.float32), weights.astype(jnp.float32)
+    if mask.keys is not None:
+        x = jnp.where(mask.keys[:, :, None], x, 0)
+    past = taps - 1 if mask.causal else (taps - 1) // 2
+    around = (past, taps - 1 - past)
+    heads = jnp.pad(
+        rearrange(x, "b t (h d) -> b t h d", h=weights.shape[2]), [(0, 0), around, (0, 0), (0, 0)]
+    )
+    segments = mask.segments
+    if segments is not None:
+        beside = jnp.pad(segments, [(0, 0), around], mode="edge")
+    out = jnp.zeros((), jnp.float32)
+    for tap in range(taps):
+        term = heads[:, tap : tap + length] * weights[..., tap, None]
+        if segments is not None:
+            term = jnp.where((beside[:, tap : tap + length] == segments)[..., None, None], term, 0)
+        out = out + term
+    return rearrange(out, "b t h d -> b t (h d)").astype(dtype)
 
 
 def local_conv_step(
@@ -63,26 +78,3 @@ def last_inputs(
     whole = jnp.concatenate([inputs, x.astype(inputs.dtype)], axis=1)
     at = jnp.sum(keys, axis=1)[:, None] + jnp.arange(inputs.shape[1])[None]
     return jnp.take_along_axis(whole, at[..., None], axis=1)
-
-
-def _xla(x, weights, *, mask: Mask):
-    """One shifted copy of x per tap, which XLA fuses into a single pass."""
-    length, taps, dtype = x.shape[1], weights.shape[-1], x.dtype
-    x, weights = x.astype(jnp.float32), weights.astype(jnp.float32)
-    if mask.keys is not None:
-        x = jnp.where(mask.keys[:, :, None], x, 0)
-    past = taps - 1 if mask.causal else (taps - 1) // 2
-    around = (past, taps - 1 - past)
-    heads = jnp.pad(
-        rearrange(x, "b t (h d) -> b t h d", h=weights.shape[2]), [(0, 0), around, (0, 0), (0, 0)]
-    )
-    segments = mask.segments
-    if segments is not None:
-        beside = jnp.pad(segments, [(0, 0), around], mode="edge")
-    out = jnp.zeros((), jnp.float32)
-    for tap in range(taps):
-        term = heads[:, tap : tap + length] * weights[..., tap, None]
-        if segments is not None:
-            term = jnp.where((beside[:, tap : tap + length] == segments)[..., None, None], term, 0)
-        out = out + term
-    return rearrange(out, "b t h d -> b t (h d)").astype(dtype)

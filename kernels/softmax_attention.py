@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
+from kernels import fused_softmax
 from kernels.dispatch import Backend, Path, run
 from kernels.mask import Mask, check_heads
 from kernels.masked_softmax import masked_softmax
@@ -48,7 +49,12 @@ def softmax_attention(
     if slopes is not None:
         bias = slopes, jnp.arange(q.shape[1])[None] if positions is None else positions
     how = {"mask": mask, "scale": scale, "logit_cap": logit_cap, "bias": bias}
-    return run("softmax_attention", backend, {"xla": Path(_xla)}, q, k, v, **how)
+    paths = {
+        "cudnn": Path(fused_softmax.cudnn, fused_softmax.refuse_cudnn),
+        "pallas": Path(fused_softmax.softmax, fused_softmax.refuse_softmax),
+        "xla": Path(_xla),
+    }
+    return run("softmax_attention", backend, paths, q, k, v, **how)
 
 
 def _xla(q, k, v, *, mask: Mask, scale: float, logit_cap: float | None, bias):

@@ -42,6 +42,19 @@ def use(chip: Chip, interpret: Any = None) -> Iterator[None]:
         _named.reset(token)
 
 
+def refuse_division() -> str | None:
+    """Why a kernel cannot run as it is called here, over several devices; None where it can.
+
+    jax does not know how to divide a kernel. Inside `jax.shard_map` each device runs its own.
+    """
+    if _named.get() or jax.device_count() == 1 or jax.sharding.get_abstract_mesh().manual_axes:
+        return None
+    return (
+        f"jax cannot divide a kernel among {jax.device_count()} devices: call the op inside "
+        "jax.shard_map, over batch and heads, or take backend='xla'"
+    )
+
+
 @functools.cache
 def _chip_at_hand() -> Chip:
     device = jax.devices()[0]

@@ -9,9 +9,10 @@ import functools
 import numpy as np
 from jaxtyping import Array, Float
 
+from kernels import fused_softmax
 from kernels.block_attention import Blocks, Part, block_attention, compact, runs
-from kernels.dispatch import Backend
-from kernels.mask import Mask
+from kernels.dispatch import Backend, Path, run
+from kernels.mask import Mask, check_heads
 
 LARGEST, SMALLEST = 128, 16
 """Queries in a block: what the window reaches on one side, in multiples of the smaller."""
@@ -36,9 +37,16 @@ def window_attention(
     """
     mask = mask or Mask()
     mask.check(q.shape[1], k.shape[1])
+    check_heads(q, k)
     right = 0 if mask.causal else right
+    how = {"left": left, "right": right, "dilation": dilation, "mask": mask, "slopes": slopes}
+    paths = {"pallas": Path(fused_softmax.window, fused_softmax.refuse_window), "xla": Path(_xla)}
+    return run("window_attention", backend, paths, q, k, v, **how)
+
+
+def _xla(q, k, v, *, left: int, right: int, dilation: int, mask: Mask, slopes) -> Part:
     blocks = window_blocks(q.shape[1], left=left, right=right, dilation=dilation)
-    return block_attention(q, k, v, blocks=blocks, mask=mask, slopes=slopes, backend=backend)
+    return block_attention(q, k, v, blocks=blocks, mask=mask, slopes=slopes, backend="xla")
 
 
 @functools.lru_cache(maxsize=64)

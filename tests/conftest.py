@@ -25,7 +25,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def pytest_collection_modifyitems(items):
     """Under `-n` one worker has all tests of an expression, or else of a file.
 
-    `further` marks the tests of a mechanism's options beyond its first variant.
+    `further` marks the tests of a mechanism's options beyond its first variant; those of the
+    contract are `slow`, as the comparison with float64 formulas covers their masks too.
     """
     from tests import support  # with jax, which the lines above have set up
 
@@ -35,6 +36,8 @@ def pytest_collection_modifyitems(items):
         item.add_marker(pytest.mark.xdist_group(group))
         if expression in support.EXPRESSIONS and expression not in support.FIRSTS:
             item.add_marker(pytest.mark.further)
+            if item.path == ROOT / "tests" / "attention" / "test_contract.py":
+                item.add_marker(pytest.mark.slow)
 
 
 RAN = itertools.count(1)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from efficient_attn.attention.base import Core, Cost
 from efficient_attn.config import require
-from kernels import Mask, softmax_attention
+from kernels import linformer_attention
 
 
 class Linformer(Core):
@@ -85,9 +85,8 @@ class Linformer(Core):
                 self._project(jnp.where(valid[..., None, None], x, 0), w)
                 for x, w in ((k, e), (v, f))
             )
-        return softmax_attention(
-            q, k, v, mask=Mask(keys=self._alive(valid)), backend=self.site.backend
-        )
+        alive = self._alive(valid)
+        return linformer_attention(q, k, v, alive=alive, backend=self.site.backend)
 
     @property
     def _key(self) -> str:

@@ -182,7 +182,7 @@ class Sliding(Core):
                 softmax_attention(
                     q[:, :, heads], state.keys[:, :, heads], state.values[:, :, heads],
                     mask=Mask(keys=near & (age <= position[:, None])), slopes=self.slopes(heads),
-                    positions=jnp.full((1, 1), kept - 1), backend=self.site.backend,
+                    positions=jnp.full((1, 1), kept - 1), backend="xla",
                 )
             )  # fmt: skip
         return jnp.concatenate(outs, axis=2), state

@@ -141,7 +141,7 @@ class LocalBranch(nnx.Module):
         """Padding is zero to the convolution, whatever the projection makes of it."""
         x = self._enter(x)
         weights = self.dropout(self._weights(x), deterministic=rngs is None, rngs=rngs)
-        return self.leave(local_conv(x, weights, mask=mask, backend=self.site.backend))
+        return self.leave(local_conv(x, weights, mask=mask))
 
     def init_state(self, batch: int, dtype: Any) -> Float[Array, "B P E2"]:
         """The inputs before the first token: zeros."""
@@ -156,7 +156,7 @@ class LocalBranch(nnx.Module):
     def prefill(self, x: Float[Array, "B T E2"], inputs: Float[Array, "B P E2"], *, keys: Array):
         """All tokens at once, and the last K - 1 inputs of those that `keys` shows."""
         x, mask = self._enter(x), Mask(causal=True, keys=keys)
-        out = local_conv(x, self._weights(x), mask=mask, backend=self.site.backend)
+        out = local_conv(x, self._weights(x), mask=mask)
         return self.leave(out), last_inputs(x, inputs, keys=keys)
 
     def _enter(self, x):

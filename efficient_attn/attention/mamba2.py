@@ -66,7 +66,7 @@ class Mamba2(Recurrent):
     def __init__(self, config, site, *, rngs, shared):
         sizes = _sizes(config, site)
         wide = sizes.inner + 2 * sizes.bc
-        conv = ShortConv(wide, config.conv, use_bias=True, backend=site.backend, rngs=rngs)
+        conv = ShortConv(wide, config.conv, use_bias=True, rngs=rngs)
         super().__init__(config, site, conv=conv)
         self.enters = projection(site.width, sizes.inner + wide + sizes.heads, site, rngs=rngs)
         self.discretise = Discretisation(sizes.heads, rates=(1.0, 16.0), rngs=rngs)

@@ -95,7 +95,7 @@ class Nystrom(Core):
         if self.config.kernel is None:
             return jnp.zeros((), v.dtype)
         flat, weights = rearrange(v, "b t h d -> b t (h d)"), self.kernel[...][None, None]
-        out = local_conv(flat, weights, mask=Mask(keys=mask.keys), backend=self.site.backend)
+        out = local_conv(flat, weights, mask=Mask(keys=mask.keys))
         return out.reshape(v.shape)
 
 

@@ -118,7 +118,7 @@ class Projected(Recurrent):
         keys, values = (site.heads * width for width in self.widths(config, site))
         conv = None
         if config.conv:
-            conv = ShortConv(2 * keys + values, config.conv, backend=site.backend, rngs=rngs)
+            conv = ShortConv(2 * keys + values, config.conv, rngs=rngs)
         super().__init__(config, site, conv=conv)
         self.query = projection(site.width, keys, site, rngs=rngs)
         self.key = projection(site.width, keys, site, rngs=rngs)

@@ -13,7 +13,10 @@ from kernels import Mask, softmax_attention
 
 
 class KeyValueCache(NamedTuple):
-    """Keys and values of the tokens so far; rows past the present are zero."""
+    """Keys and values of the tokens so far; rows past the present are zero.
+
+    Whatever the backend, a step reads them by XLA: one query fills no tile of a kernel.
+    """
 
     keys: Float[Array, "B S G D"]
     values: Float[Array, "B S G D"]
@@ -52,7 +55,7 @@ class Softmax(Core):
 
     def __call__(self, q, k, v, *, mask, shared):
         """See `kernels.softmax_attention`."""
-        return self._attend(q, k, v, mask)
+        return softmax_attention(q, k, v, mask=mask, backend=self.site.backend, **self._how)
 
     def init_state(self, batch, dtype):
         """An empty cache of the site's longest sequence."""
@@ -65,7 +68,15 @@ class Softmax(Core):
         keys = state.keys.at[rows, position].set(k[:, 0].astype(state.keys.dtype))
         values = state.values.at[rows, position].set(v[:, 0].astype(state.values.dtype))
         past = jnp.arange(keys.shape[1])[None] <= position[:, None]
-        out = self._attend(q, keys, values, Mask(keys=past), positions=position[:, None])
+        out = softmax_attention(
+            q,
+            keys,
+            values,
+            mask=Mask(keys=past),
+            positions=position[:, None],
+            backend="xla",
+            **self._how,
+        )
         return out, KeyValueCache(keys, values)
 
     def prefill(self, q, k, v, state, *, keys):
@@ -75,11 +86,9 @@ class Softmax(Core):
             jax.lax.dynamic_update_slice(whole, new.astype(whole.dtype), start)
             for whole, new in zip(state, (k, v), strict=True)
         )
-        return self._attend(q, k, v, Mask(causal=True, keys=keys)), KeyValueCache(*cache)
+        mask = Mask(causal=True, keys=keys)
+        return self(q, k, v, mask=mask, shared={}), KeyValueCache(*cache)
 
-    def _attend(self, q, k, v, mask, positions=None):
-        return softmax_attention(
-            q, k, v, mask=mask, logit_cap=self.config.logit_cap, positions=positions,
-            slopes=self.slopes(),
-            backend=self.site.backend,
-        )  # fmt: skip
+    @property
+    def _how(self):
+        return {"logit_cap": self.config.logit_cap, "slopes": self.slopes()}

@@ -8,7 +8,6 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from kernels import Mask, last_inputs, local_conv, local_conv_step
-from kernels.dispatch import Backend
 
 
 class ShortConv(nnx.Module):
@@ -18,22 +17,18 @@ class ShortConv(nnx.Module):
     in +-K^-1/2, as in the released models.
     """
 
-    def __init__(
-        self, width: int, taps: int, *, use_bias: bool = False, backend: Backend = "auto",
-        rngs: nnx.Rngs,
-    ):  # fmt: skip
+    def __init__(self, width: int, taps: int, *, use_bias: bool = False, rngs: nnx.Rngs):
         def draw(shape):
             bound = taps**-0.5
             return nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound))
 
-        self.backend: Backend = backend
         self.weight = draw((width, taps))
         self.bias = draw((width,)) if use_bias else None
 
     def __call__(self, x: Float[Array, "B T W"], *, mask: Mask) -> Float[Array, "B T W"]:
         """All tokens at once."""
         weights = self.weight[...][None, None]
-        return self._finish(local_conv(x, weights, mask=mask, backend=self.backend))
+        return self._finish(local_conv(x, weights, mask=mask))
 
     def init_state(self, batch: int, dtype: Any) -> Float[Array, "B P W"]:
         """The K - 1 inputs before the first token: zeros."""

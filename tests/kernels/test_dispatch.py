@@ -5,15 +5,15 @@ import logging
 import jax.numpy as jnp
 import pytest
 
-from kernels import dispatch, linear_attention, local_conv, softmax_attention
+from kernels import dispatch, linear_attention, softmax_attention, window_attention
 from kernels.dispatch import Path
 
 X = jnp.ones((1, 4, 2, 4))
 OPS = {
     "softmax_attention": lambda backend: softmax_attention(X, X, X, backend=backend),
     "linear_attention": lambda backend: linear_attention(X, X, X, backend=backend),
-    "local_conv": lambda backend: local_conv(
-        jnp.ones((1, 4, 4)), jnp.ones((1, 1, 2, 3)), backend=backend
+    "window_attention": lambda backend: (
+        window_attention(X, X, X, left=1, right=0, backend=backend).out
     ),
 }
 

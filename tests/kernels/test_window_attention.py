@@ -189,5 +189,5 @@ def test_what_does_not_fit_is_refused():
         window(q, k, v, left=1, right=1)
     with pytest.raises(ValueError, match="mask.keys has length 5"):
         window(q, q, q, left=1, right=1, mask=Mask(keys=jnp.ones((4, 5), bool)))
-    with pytest.raises(NotImplementedError, match="block_attention has no backend 'pallas'"):
+    with pytest.raises(NotImplementedError, match="window_attention with backend 'pallas'"):
         window(q, q, q, left=1, right=1, backend="pallas")
