@@ -1,0 +1,51 @@
+"""`backend="pallas"` reaches the kernels from every mechanism that has them, on simulated chips."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import Mask, target
+from tests import support
+
+pytestmark = pytest.mark.skipif(
+    tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11),
+    reason="the fused kernels need jax 0.11.2",
+)
+
+ON_TPU = (
+    "softmax",
+    "linformer(rank=8)",
+    "local(window=16, pattern='sliding')",
+    "performer(features=16)",
+    "linear",
+    "retention",
+    "mamba2",
+)
+LENGTH = 20
+
+
+def outputs_and_gradient(expression, backend):
+    made = support.holder(expression, backend=backend)
+    x = jnp.asarray(support.draw_x(expression, LENGTH))
+    keys = jnp.asarray(support.ragged_keys(LENGTH))
+    causal = "bidirectional" not in support.able(expression)
+    cotangent = jnp.asarray(support.draw(x.shape, seed=3)) * keys[..., None]
+
+    def loss(x):
+        out = made(x, mask=Mask(causal=causal, keys=keys))
+        return jnp.sum(out * cotangent), out
+
+    gradient, out = jax.jit(jax.grad(loss, has_aux=True))(x)
+    return np.asarray(out)[np.asarray(keys)], np.asarray(gradient)
+
+
+@pytest.mark.parametrize("expression", ON_TPU)
+def test_a_mechanism_on_a_simulated_tpu_is_what_it_is_in_xla(expression):
+    from jax.experimental.pallas import tpu as pltpu
+
+    expected = outputs_and_gradient(expression, "xla")
+    with target.use("tpu", interpret=pltpu.InterpretParams()):
+        found = outputs_and_gradient(expression, "pallas")
+    for a, b in zip(found, expected, strict=True):
+        assert support.relative(a, b) < 1e-4
