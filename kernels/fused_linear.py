@@ -151,42 +151,42 @@ def gated(q, k, v, log_decay, *, mask: Mask, chunk: int, state):
     return out[:, : v.shape[1]], last.sums
 
 
-def favor(
-    q, k, v, weight, *, half: float, log_scale=None, mask: Mask, chunk: int = 128, state=None
-):
-    """FAVOR+: linear attention of the features exp(<x, w_r> - half |x|^2) of q and k.
+def favor(q, k, v, weight, *, half: float, mask: Mask, state=None):
+    """FAVOR+: linear attention of the features exp(<x, w_r> - half |x|^2) / sqrt R of q and k.
 
     They are made inside the kernels: no array of T x R numbers is written out. weight [R, D] has
-    D^-1/4 folded in, and half is 1 / (2 sqrt D); no gradient reaches it. A constant factor of all
-    features cancels. log_scale [B, S, H], optional, is added to the keys' exponents. With `state`,
-    a `LinearState`, the mask must be causal and the result is (out, the state after it).
+    D^-1/4 folded in, and half is 1 / (2 sqrt D); no gradient reaches it. With `state`, a
+    `LinearState`, the mask must be causal and the result is (out, the state after the last token).
     """
     weight = jax.lax.stop_gradient(weight.astype(jnp.float32))
     if state is None:
-        return _linear(q, k, v, weight, half, log_scale, mask)
-    return _causal(q, k, v, weight, half, log_scale, mask, state)
+        return _linear(q, k, v, weight, half, None, mask)
+    root = weight.shape[0] ** 0.5  # the kernels' features are without it: it cancels in `out`
+    state = state._replace(memory=state.memory * root)
+    out, state = _causal(q, k, v, weight, half, None, mask, state)
+    return out, state._replace(memory=state.memory / root)
 
 
-def refuse_linear(q, k, v, *, features=None, log_scale=None, mask: Mask, **rest) -> str | None:
+def refuse_linear(q, k, v, *, features, log_scale, mask: Mask, chunk: int) -> str | None:
     """Why no kernel takes this call of `linear`, and what to do; None where one does."""
     if features is not None:
         (q, _), (k, _) = (_features_shape(features, x) for x in (q, k))
     return _refuse(q, k, v, None, mask)
 
 
-def refuse_causal(q, k, v, state, *, features=None, mask: Mask, **rest) -> str | None:
+def refuse_causal(q, k, v, state, *, features, log_scale, mask: Mask, chunk: int) -> str | None:
     """Why no kernel takes this call of `causal`, and what to do; None where one does."""
-    return refuse_linear(q, k, v, features=features, mask=mask)
+    return refuse_linear(q, k, v, features=features, log_scale=log_scale, mask=mask, chunk=chunk)
 
 
-def refuse_gated(q, k, v, log_decay, *, mask: Mask, **rest) -> str | None:
+def refuse_gated(q, k, v, log_decay, *, mask: Mask, chunk: int, state) -> str | None:
     """Why no kernel takes this call of `gated`, and what to do; None where one does."""
     if log_decay.ndim == 4:
         return "the fused kernels take a decay per head, not per channel: use backend='xla'"
     return _refuse(q, k, v, None, mask)
 
 
-def refuse_favor(q, k, v, weight, *, mask: Mask, **rest) -> str | None:
+def refuse_favor(q, k, v, weight, *, mask: Mask) -> str | None:
     """Why no kernel takes this call of `favor`, and what to do; None where one does."""
     return _refuse(q, k, v, weight.shape[0], mask)
 
@@ -343,7 +343,7 @@ def _pass_backward(how: How, residuals, cotangents):
     if entry.top is not None:
         dtop = jnp.sum(entry.sums * dstate[0], axis=(2, 3))
         dtop += jnp.sum(entry.normaliser * dstate[1], axis=2)
-    return grads, Entry(*dstate, dtop)
+    return grads, Entry(dstate[0], dstate[1], dtop)
 
 
 def _passed(how: How, tokens: Tokens, entry: Entry | None):
