@@ -28,6 +28,11 @@ FLOOR = -1e30
 LOG2E = math.log2(math.e)
 HIDDEN = np.iinfo(np.int32).min
 """The segment of a key that is padding."""
+PIECE = 512
+"""Keys, or in the gradient of keys queries, of a tile that are taken at once: while one piece is
+exponentiated, the next is multiplied."""
+GRADIENT = 1024
+"""Queries and keys of a tile in the backward pass, at most."""
 VMEM = 64 << 20
 
 
@@ -86,14 +91,51 @@ class Plan(NamedTuple):
             last = _least(last, _floor(j * block_k + block_k - 1 + self.left, block_q))
         return first, last
 
+    def pieces(self, across: bool) -> list[tuple[int, int, int, int]]:
+        """(first, count) of the queries and of the keys in each piece of a tile.
+
+        Pieces are of keys or, `across`, of queries.
+        """
+        queries, keys = self.tiles
+        if across:
+            return [(at, _at_most(queries, PIECE), 0, keys) for at in _starts(queries)]
+        return [(0, queries, at, _at_most(keys, PIECE)) for at in _starts(keys)]
+
+    def ahead(self, i, j, sides):
+        """Least and largest t - s in that piece of blocks i and j."""
+        query, queries, key, keys = sides
+        apart = i * self.tiles.q + query - j * self.tiles.k - key
+        return apart - (keys - 1), apart + queries - 1
+
     def whole(self, i, j):
         """Whether every query of block i sees every key of block j, as far as the window goes."""
-        (block_q, block_k), seen = self.tiles, True
-        if self.left is not None:
-            seen &= j * block_k >= i * block_q + block_q - 1 - self.left
-        if self.right is not None:
-            seen &= j * block_k + block_k - 1 <= i * block_q + self.right
-        return seen
+        least, most = self.ahead(i, j, (0, self.tiles.q, 0, self.tiles.k))
+        return _both(
+            None if self.left is None else most <= self.left,
+            None if self.right is None else least >= -self.right,
+        )
+
+    def some(self, i, j, sides):
+        """Whether the window shows any of the keys of that piece to any of its queries."""
+        least, most = self.ahead(i, j, sides)
+        return _both(
+            None if self.left is None else least <= self.left,
+            None if self.right is None else most >= -self.right,
+        )
+
+
+def _at_most(size: int, most: int) -> int:
+    """`size`, or if that is more than `most` what divides both."""
+    return size if size <= most else math.gcd(size, most)
+
+
+def _starts(size: int) -> range:
+    return range(0, size, _at_most(size, PIECE))
+
+
+def _both(a, b):
+    """a & b, where None says nothing."""
+    return b if a is None else a if b is None else a & b
 
 
 def _floor(x, size: int):
@@ -102,6 +144,7 @@ def _floor(x, size: int):
 
 
 def _least(a, b):
+    """The lesser of numbers and traced numbers."""
     return min(a, b) if isinstance(a, int) and isinstance(b, int) else jnp.minimum(a, b)
 
 
@@ -140,7 +183,8 @@ def forward(q, k, v, *, scale, causal, window, segments, keys, tiles: Tiles, int
     steps = _steps(plan.keys_of, plan.blocks[0])
     query = pl.BlockSpec((1, block_q, reps * plan.lanes), lambda b, h, i, _: (b, i, h))
     key = pl.BlockSpec(
-        (1, block_k, plan.lanes), lambda b, h, i, s: (b, _key_block(plan, i, s), h // parts)
+        (1, block_k, plan.lanes),
+        lambda b, h, i, s: (b, _key_block(plan, i, s), jax.lax.div(h, parts)),
     )
     row = pl.BlockSpec((1, 1, count, block_q), lambda b, h, i, _: (b, h, 0, i))
     ids, id_specs = _ids(
@@ -171,6 +215,7 @@ def backward(
     plan = _plan(q, k, scale, causal, window, segments, keys, tiles, interpret)
     total = jnp.einsum("bthd,bthd->bht", out, dout, preferred_element_type=jnp.float32)
     rows = _rows(plan, jnp.where(jnp.isfinite(lse), lse, 0.0) * LOG2E), _rows(plan, total - dlse)
+    plan = _smaller(plan)
     given = _queries(plan, q), _keys(plan, k), _keys(plan, v), _queries(plan, dout), *rows
     how = {"plan": plan, "given": given, "segments": segments, "keys": keys}
     if plan.blocks[1] == 1:
@@ -186,7 +231,8 @@ def _backward_queries(plan: Plan, given, segments, keys):
     steps = _steps(plan.keys_of, plan.blocks[0])
     query = pl.BlockSpec((1, block_q, reps * plan.lanes), lambda b, h, i, _: (b, i, h))
     key = pl.BlockSpec(
-        (1, block_k, plan.lanes), lambda b, h, i, s: (b, _key_block(plan, i, s), h // parts)
+        (1, block_k, plan.lanes),
+        lambda b, h, i, s: (b, _key_block(plan, i, s), jax.lax.div(h, parts)),
     )
     row = pl.BlockSpec((1, 1, count, block_q), lambda b, h, i, _: (b, h, 0, i))
     ids, id_specs = _ids(
@@ -310,6 +356,14 @@ def _plan(q, k, scale, causal, window, segments, keys, tiles: Tiles, interpret) 
     )  # fmt: skip
 
 
+def _smaller(plan: Plan) -> Plan:
+    """Tiles of the backward pass, which divide the others."""
+    tiles = Tiles(*(_at_most(size, GRADIENT) for size in plan.tiles))
+    (most_q, most_k), (count_q, count_k) = plan.tiles, plan.blocks
+    blocks = count_q * (most_q // tiles.q), count_k * (most_k // tiles.k)
+    return plan._replace(tiles=tiles, blocks=blocks)
+
+
 def _key_block(plan: Plan, i, step):
     first, last = plan.keys_of(i)
     return jnp.minimum(first + step, last)
@@ -415,14 +469,17 @@ def _own(plan: Plan, x, place: int):
     return jnp.where(mine, x, jnp.zeros_like(x))
 
 
+def _wide(x, lanes: int):
+    """x [n,LANES], alike in all lanes, with that many."""
+    return jnp.tile(x, (1, -(-lanes // LANES)))[:, :lanes]
+
+
 def _spread(plan: Plan, columns):
-    """[n, lanes] of the columns [n,1], one for each place, in the lanes of its head."""
-    pack = plan.heads[0]
-    if pack == 1:
-        return columns[0]
-    lane = jax.lax.broadcasted_iota(jnp.int32, (columns[0].shape[0], plan.lanes), 1)
+    """[n, lanes] of the columns [n,LANES], one for each place, in the lanes of its head."""
+    columns = [_wide(x, plan.lanes) for x in columns]
+    lane = jax.lax.broadcasted_iota(jnp.int32, columns[0].shape, 1)
     spread = columns[-1]
-    for place in reversed(range(pack - 1)):
+    for place in reversed(range(plan.heads[0] - 1)):
         spread = jnp.where(lane < (place + 1) * plan.width, columns[place], spread)
     return spread
 
@@ -433,29 +490,34 @@ def _column(row):
 
 
 def _row(column):
-    """The column [n,1] as a row [1,n]."""
-    return jnp.broadcast_to(column, (column.shape[0], LANES)).T[:1]
+    """The column [n,LANES], alike in all lanes, as a row [1,n]."""
+    return column.T[:1]
 
 
-def _seen(plan: Plan, i, j, edge: bool, mine, theirs, across: bool):
-    """Which logits of the blocks i and j count, [queries, keys] or, `across`, the transpose.
+def _seen(plan: Plan, i, j, edge: bool, ids, column, across: bool, sides):
+    """Which logits of a piece count, [queries, keys] or, `across`, the transpose; None for all.
 
-    mine, theirs: numbers along the rows [n,1] and the columns [1,n], or None.
+    ids: what `_ids` gave, as references. column: the numbers of the rows as a column.
     """
-    shape = tuple(plan.tiles)[:: -1 if across else 1]
+    query, queries, key, keys = sides
+    shape = (keys, queries) if across else (queries, keys)
     seen = None
     if edge:
-        query = i * plan.tiles.q + jax.lax.broadcasted_iota(jnp.int32, shape, int(across))
-        key = j * plan.tiles.k + jax.lax.broadcasted_iota(jnp.int32, shape, 1 - int(across))
-        ahead = query - key
-        if plan.right is not None:
-            seen = ahead >= -plan.right
-        if plan.left is not None:
-            near = ahead <= plan.left
-            seen = near if seen is None else seen & near
-    if mine is not None:
-        alike = jnp.broadcast_to(mine == theirs, shape)
-        seen = alike if seen is None else seen & alike
+        ahead = plan.ahead(i, j, (query, 1, key, 1))[0]
+        ahead += jax.lax.broadcasted_iota(jnp.int32, shape, int(across))
+        ahead -= jax.lax.broadcasted_iota(jnp.int32, shape, 1 - int(across))
+        seen = _both(
+            None if plan.left is None else ahead <= plan.left,
+            None if plan.right is None else ahead >= -plan.right,
+        )
+    if plan.masked:
+        rows = _wide(column[0][...], shape[1]) if column else 0
+        columns = (
+            (ids[0][0, :, query : query + queries] if plan.own else 0)
+            if across
+            else (ids[-1][0, :, key : key + keys])
+        )
+        seen = _both(seen, jnp.broadcast_to(rows == columns, shape))
     return seen
 
 
@@ -464,24 +526,26 @@ def _logits(plan: Plan, a, b, seen):
     return logits if seen is None else jnp.where(seen, logits, -jnp.inf)
 
 
-def _numbers(plan: Plan, refs, scratch, across: bool):
-    """(rows' numbers, columns' numbers), None without a mask. Without segments all rows have 0."""
-    if not plan.masked:
-        return None, None
-    if across:
-        queries = refs[0][0] if plan.own else 0
-        return scratch[0][:, :1], queries
-    return (scratch[0][:, :1] if plan.own else 0), refs[-1][0]
+def _pieces(plan: Plan, i, j, run, body, across: bool = False) -> None:
+    """body(edge, sides) of each piece of the blocks i and j if `run`, `edge` where a mask is due.
 
+    What the window hides altogether is left out.
+    """
+    parts = plan.pieces(across)
 
-def _when_seen(plan: Plan, i, j, run, body) -> None:
-    """body(edge) if `run`: with a mask where the window cuts through the blocks."""
+    def all_of(edge: bool):
+        for sides in parts:
+            if edge and len(parts) > 1:
+                pl.when(plan.some(i, j, sides))(functools.partial(body, True, sides))
+            else:
+                body(edge, sides)
+
     if plan.left is None and plan.right is None:
-        body(False)
+        all_of(False)
         return
     whole = plan.whole(i, j)
-    pl.when(run & whole)(lambda: body(False))
-    pl.when(run & jnp.logical_not(whole))(lambda: body(True))
+    pl.when(run & whole)(lambda: all_of(False))
+    pl.when(run & jnp.logical_not(whole))(lambda: all_of(True))
 
 
 def _forward_once(*refs, plan: Plan):
@@ -490,10 +554,9 @@ def _forward_once(*refs, plan: Plan):
     scratch, i = refs[len(refs) - plan.own :], pl.program_id(2)
     if plan.own:
         scratch[0][...] = _column(ids[0][0])
-    mine, theirs = _numbers(plan, ids, scratch, across=False)
     edge = plan.left is not None or plan.right is not None
-    j = _key_block(plan, i, 0)
-    seen = _seen(plan, i, j, edge, mine, theirs, across=False)
+    sides = (0, plan.tiles.q, 0, plan.tiles.k)
+    seen = _seen(plan, i, _key_block(plan, i, 0), edge, ids, scratch, False, sides)
     k, v = k_ref[0], v_ref[0]
     sums = {}
     for index, at, place in plan.members:
@@ -502,7 +565,7 @@ def _forward_once(*refs, plan: Plan):
         weights = jnp.exp2(logits - top)
         total = jnp.sum(weights, axis=1, keepdims=True)
         part = _dot(weights.astype(v.dtype), _own(plan, v, place))
-        _finish(lse_ref, index, top, total)
+        _finish(lse_ref, index, *(jnp.broadcast_to(x, (len(x), LANES)) for x in (top, total)))
         sums.setdefault(at.start, []).append(part / jnp.where(total > 0, total, 1.0))
     for _, at, place in plan.members:
         if place == 0:
@@ -532,31 +595,33 @@ def _forward_steps(*refs, plan: Plan):
         if plan.own:
             number[0][...] = _column(ids[0][0])
 
-    def absorb(edge: bool):
-        seen = _seen(plan, i, j, edge, *_numbers(plan, ids, number, False), across=False)
-        k, v = k_ref[0], v_ref[0]
+    def absorb(edge: bool, sides):
+        keys = pl.ds(*sides[2:])
+        seen = _seen(plan, i, j, edge, ids, number, False, sides)
+        k, v = k_ref[0, keys], v_ref[0, keys]
         fades, parts = [], []
         for index, at, place in plan.members:
             logits = _logits(plan, _own(plan, q_ref[0, :, at], place), k, seen)
-            top = top_ref[index, :, :1]
+            top = top_ref[index]
             new = jnp.maximum(top, jnp.max(logits, axis=1, keepdims=True))
-            weights = jnp.exp2(logits - new)
+            weights = jnp.exp2(logits - _wide(new, logits.shape[1]))
             fades.append(jnp.exp2(top - new))
-            top_ref[index] = jnp.broadcast_to(new, top_ref.shape[1:])
+            top_ref[index] = new
             total_ref[index] = fades[-1] * total_ref[index] + _by_lane(weights)
             parts.append(_dot(weights.astype(v.dtype), _own(plan, v, place)))
             if place == plan.heads[0] - 1:
                 sum_ref[:, at] = _spread(plan, fades) * sum_ref[:, at] + sum(parts[1:], parts[0])
                 fades, parts = [], []
 
-    _when_seen(plan, i, j, j <= last, absorb)
+    _pieces(plan, i, j, j <= last, absorb)
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _():
         totals = []
         for index, at, place in plan.members:
             total = jnp.sum(total_ref[index], axis=1, keepdims=True)
-            _finish(lse_ref, index, top_ref[index, :, :1], total)
+            total = jnp.broadcast_to(total, top_ref.shape[1:])
+            _finish(lse_ref, index, top_ref[index], total)
             totals.append(jnp.where(total > 0, total, 1.0))
             if place == plan.heads[0] - 1:
                 out_ref[0, :, at] = (sum_ref[:, at] / _spread(plan, totals)).astype(out_ref.dtype)
@@ -591,21 +656,22 @@ def _query_grads(*refs, plan: Plan):
         if plan.own:
             number[0][...] = _column(ids[0][0])
 
-    def absorb(edge: bool):
-        seen = _seen(plan, i, j, edge, *_numbers(plan, ids, number, False), across=False)
-        k, v = k_ref[0], v_ref[0]
+    def absorb(edge: bool, sides):
+        keys = pl.ds(*sides[2:])
+        seen = _seen(plan, i, j, edge, ids, number, False, sides)
+        k, v = k_ref[0, keys], v_ref[0, keys]
         parts = []
         for index, at, place in plan.members:
             logits = _logits(plan, _own(plan, q_ref[0, :, at], place), k, seen)
-            weights = jnp.exp2(logits - lse_column[index, :, :1])
+            weights = jnp.exp2(logits - _wide(lse_column[index], logits.shape[1]))
             dweights = _dot(_own(plan, dout_ref[0, :, at], place), v, (1, 1))
-            dlogits = weights * (dweights - rest_column[index, :, :1])
+            dlogits = weights * (dweights - _wide(rest_column[index], logits.shape[1]))
             parts.append(_dot(dlogits.astype(k.dtype), _own(plan, k, place)))
             if place == plan.heads[0] - 1:
                 sum_ref[:, at] += sum(parts[1:], parts[0])
                 parts = []
 
-    _when_seen(plan, i, j, j <= last, absorb)
+    _pieces(plan, i, j, j <= last, absorb)
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _():
@@ -621,11 +687,11 @@ def _key_grads(*refs, plan: Plan, steps: int):
     i = first + jax.lax.rem(step, steps)
     pl.when(step == 0)(lambda: _clear(plan, given, scratch))
 
-    def absorb(edge: bool):
-        for _ in _transposed(plan, i, j, edge, given, scratch):
+    def absorb(edge: bool, sides):
+        for _ in _transposed(plan, i, j, edge, sides, given, scratch):
             pass
 
-    _when_seen(plan, i, j, i <= last, absorb)
+    _pieces(plan, i, j, i <= last, absorb, across=True)
     last_step = step == pl.num_programs(3) - 1
     pl.when(last_step)(lambda: _write(plan, scratch, dk_ref, dv_ref))
 
@@ -637,12 +703,19 @@ def _all_grads(*refs, plan: Plan):
     step = pl.program_id(2)
     i, k = jax.lax.rem(step, plan.blocks[0]), given[1][0]
     pl.when(step == 0)(lambda: _clear(plan, given, scratch))
-    edge, parts = plan.left is not None or plan.right is not None, []
-    for at, place, dlogits in _transposed(plan, i, 0, edge, given, scratch):
-        parts.append(_dot(dlogits, _own(plan, k, place), (0, 0)))
-        if place == plan.heads[0] - 1:
-            dq_ref[0, :, at] = (sum(parts[1:], parts[0]) * plan.scale).astype(dq_ref.dtype)
-            parts = []
+
+    def absorb(edge: bool, sides):
+        parts, queries = [], pl.ds(*sides[:2])
+        for at, place, dlogits in _transposed(plan, i, 0, edge, sides, given, scratch):
+            parts.append(_dot(dlogits, _own(plan, k, place), (0, 0)))
+            if place == plan.heads[0] - 1:
+                dq = sum(parts[1:], parts[0]) * plan.scale
+                dq_ref[0, queries, at] = dq.astype(dq_ref.dtype)
+                parts = []
+
+    edge = plan.left is not None or plan.right is not None
+    for sides in plan.pieces(across=True):
+        absorb(edge, sides)
     last_step = step == pl.num_programs(2) - 1
     pl.when(last_step)(lambda: _write(plan, scratch, dk_ref, dv_ref))
 
@@ -659,22 +732,22 @@ def _write(plan: Plan, scratch, dk_ref, dv_ref) -> None:
     dv_ref[0] = scratch[1][...].astype(dv_ref.dtype)
 
 
-def _transposed(plan: Plan, i, j, edge: bool, given, scratch):
-    """Adds to dk and dv what blocks i and j give; yields (lanes, place, gradient of the logits).
+def _transposed(plan: Plan, i, j, edge: bool, sides, given, scratch):
+    """Adds to dk and dv what a piece gives; yields (lanes, place, gradient of the logits).
 
     Logits are [keys, queries] here: log-sum-exp and the rest are rows as they are stored.
     """
     q_ref, k_ref, v_ref, dout_ref, lse_ref, rest_ref, *ids = given
     dk_sum, dv_sum, *number = scratch
-    seen = _seen(plan, i, j, edge, *_numbers(plan, ids, number, True), across=True)
-    k, v = k_ref[0], v_ref[0]
+    seen = _seen(plan, i, j, edge, ids, number, True, sides)
+    k, v, queries = k_ref[0], v_ref[0], pl.ds(*sides[:2])
     for index, at, place in plan.members:
-        q, dout = q_ref[0, :, at], dout_ref[0, :, at]
+        q, dout = q_ref[0, queries, at], dout_ref[0, queries, at]
         logits = _logits(plan, _own(plan, k, place), q, seen)
-        weights = jnp.exp2(logits - lse_ref[0, 0, index : index + 1, :])
+        weights = jnp.exp2(logits - lse_ref[0, 0, index : index + 1, queries])
         dv_sum[...] += _dot(weights.astype(v.dtype), _own(plan, dout, place))
         dweights = _dot(_own(plan, v, place), dout, (1, 1))
-        dlogits = weights * (dweights - rest_ref[0, 0, index : index + 1, :])
+        dlogits = weights * (dweights - rest_ref[0, 0, index : index + 1, queries])
         dlogits = dlogits.astype(q.dtype)
         dk_sum[...] += _dot(dlogits, _own(plan, q, place))
         yield at, place, dlogits
