@@ -1,0 +1,190 @@
+"""`kernels.static`: what it reads out of the compilers' words, and the compilers themselves."""
+
+import json
+
+import pytest
+
+from kernels import shapes, static
+
+PTXAS = """\
+ptxas warning : Registers are spilled to local memory in function 'body_mosaic_gpu_kernel', \
+4 bytes spill stores, 8 bytes spill loads
+ptxas info    : 0 bytes gmem
+ptxas info    : (C7519) Potential Performance Loss: warpgroup.arrive is injected in function 'body'
+ptxas info    : (C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized due
+ptxas info    : Compiling entry function 'body_mosaic_gpu_kernel' for 'sm_90a'
+ptxas info    : Function properties for body_mosaic_gpu_kernel
+    8 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 168 registers, used 16 barriers, 8 bytes cumulative stack size, 1 bytes smem
+"""
+SASS = """\
+ /*0a10*/  HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], !UPT ;
+ /*0a20*/  HGMMA.64x64x16.F32.BF16 R24, gdesc[UR12], R24 ;
+ /*0a30*/  STL [R1], R2 ;
+ /*0a40*/  LDL R2, [R1] ;
+ /*0a50*/  LDL.LU R3, [R1+0x4] ;
+ /*0a60*/  UTMALDG.3D [UR16], [UR4] ;
+"""
+PROFILE = """\
+hlo_op_estimate {
+  hlo_op_name: "f.1"
+  estimated_cycles: 65982
+  num_equivalent_hlos: 1
+}
+hlo_op_estimate {
+  hlo_op_name: "fusion"
+  estimated_cycles: 13262
+}
+"""
+BUNDLES = """\
+// Bundle listing:
+LB: loop body
+     0   :  { %s1 = sadd.s32 1, %s0 }
+   0x1   :  {} /* Start region 0 */
+   0x2 LB: > { %s13 = sadd.s32 1, %s16 }
+   0x3   : > {  %v1 = vadd %v0, %v0 }
+   0x4 LB: >> { %v2 = vadd %v1, %v1 }
+   0x5   : >> { %p9 = scmp.ge.s32.totalorder %s9, 8 /* loop exit test */ }
+   0x6 PF: > { %v3 = vadd %v1, %v1 }
+   0x7   : > { %p10_p8 = scmp.ge.s32.totalorder %s13_s16, 66 /* loop exit test */  ;; %s10 = s }
+   0x8   :  {}
+"""
+HLO = """\
+ENTRY %main.2 (a.1: bf16[1,4]) -> bf16[1,4] {
+  %fusion = bf16[4] fusion(%a.1), kind=kLoop, calls=%f, backend_config={"used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"7"}]}
+  ROOT %call.1 = bf16[1,4]{1,0:T(8,128)S(1)} custom-call(%x, %y), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"TUz"},"used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"532992"}]}
+}
+"""  # noqa: E501
+
+
+def test_what_ptxas_says():
+    expected = {"registers": 168, "spill": 12, "warnings": ["C7511", "C7519"]}
+    assert static.read_ptxas(PTXAS) == expected
+
+
+def test_what_is_not_ptxas_is_refused():
+    with pytest.raises(ValueError, match="not ptxas's report"):
+        static.read_ptxas("ptxas fatal : memory allocation failure")
+
+
+def test_a_disassembly_is_counted():
+    assert static.read_sass(SASS) == {"hgmma": 2, "local": 3}
+
+
+def test_cycles_by_instruction():
+    assert static.read_profile(PROFILE) == {"f.1": 65982, "fusion": 13262}
+
+
+def test_bundles_count_as_often_as_their_loops_turn():
+    assert static.read_bundles(BUNDLES) == {"issued": 3 + 66 * (4 + 2 * 8), "endless": 0}
+
+
+def test_a_loop_of_unknown_length_counts_once_and_is_named():
+    unknown = BUNDLES.replace(", 8 /*", ", %s7 /*")
+    assert static.read_bundles(unknown) == {"issued": 3 + 66 * (4 + 2), "endless": 1}
+
+
+def test_memory_of_the_pallas_calls_alone():
+    assert static.read_calls(HLO) == {"call.1": 532992}
+
+
+def test_a_gpu_kernel_is_put_together_from_its_dumps(tmp_path):
+    (tmp_path / "body_0.ptxas").write_text(PTXAS)
+    (tmp_path / "body_0.sass_ctrl").write_text(SASS)
+    (tmp_path / "body_0.resources.txt").write_text("Resources(smem_scratch_bytes=147456, tmem=0)")
+    report = static._gpu_figures(tmp_path)
+    assert list(report) == ["body_0"]
+    assert report["body_0"]["shared"] == 147456
+    assert report["body_0"]["hgmma"] == 2
+
+
+def test_a_tpu_program_is_put_together_from_its_dumps(tmp_path):
+    (tmp_path / "x_static_llo_profile.textproto").write_text(PROFILE.replace("f.1", "call.1"))
+    report = static._tpu_figures(tmp_path, HLO)
+    assert report["call.1"] == {"vmem": 532992, "cycles": 65982}
+    assert report[""] == {"cycles": 65982 + 13262, "outside": 13262}
+
+
+def test_where_the_estimator_gave_up_bundles_are_counted(tmp_path):
+    (tmp_path / "1795-call.1-72-final_bundles.txt").write_text(BUNDLES)
+    (tmp_path / "1795-call.1-71-schedule-analysis_final_bundles.txt").write_text("Schedule")
+    (tmp_path / "1796-fusion-66-final_bundles.txt").write_text(BUNDLES)
+    report = static._tpu_figures(tmp_path, HLO)
+    issued = 3 + 66 * 20
+    assert report["call.1"] == {"vmem": 532992, "issued": issued, "endless": 0}
+    assert report[""] == {"issued": 2 * issued, "outside": issued}
+
+
+KERNEL = {"registers": 168, "spill": 0, "warnings": ["C7519"], "hgmma": 28, "shared": 147456}
+
+
+def said(**changes):
+    return {"kernels": {"body_0": KERNEL | changes}}
+
+
+BUDGET = {"case": {"body_0": KERNEL}}
+
+
+def test_nothing_to_complain_of():
+    assert static.complaints("case", said(), BUDGET) == []
+    assert static.complaints("case", said(hgmma=20), BUDGET) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"spill": 12}, "body_0: 12 bytes spilled"),
+        ({"warnings": ["C7511"]}, "wgmma is serialised"),
+        ({"shared": 147457}, "shared 147,457, the budget is 147,456"),
+        ({"hgmma": 29}, "hgmma 29, the budget is 28"),
+    ],
+)
+def test_what_is_worse_than_the_budget_is_named(changes, words):
+    first, *_ = static.complaints("case", said(**changes), BUDGET)
+    assert words in first
+
+
+def test_a_spill_is_wrong_though_the_budget_has_it():
+    spilled = {"case": {"body_0": KERNEL | {"spill": 12}}}
+    assert static.complaints("case", said(spill=12), spilled)
+    assert static.complaints("case", said(spill=12), None)
+
+
+def test_estimates_have_leeway_and_no_more():
+    budget = {"case": {"f": {"cycles": 1000}}}
+    assert not static.complaints("case", {"kernels": {"f": {"cycles": 1020}}}, budget)
+    assert static.complaints("case", {"kernels": {"f": {"cycles": 1021}}}, budget)
+
+
+def test_what_fails_is_refused_or_comes_and_goes_is_named():
+    assert static.complaints("case", {"failed": "VMEM"}, None) == ["case: VMEM"]
+    assert "now refused" in static.complaints("case", {"refused": "too long"}, BUDGET)[0]
+    assert static.complaints("new", {"refused": "too long"}, BUDGET) == []
+    assert "not in the budget" in static.complaints("new", said(), BUDGET)[0]
+    other = {"kernels": {"body_0": KERNEL, "body_1": KERNEL}}
+    assert "body_1" in static.complaints("case", other, BUDGET)[0]
+
+
+def test_a_compiler_that_is_missing_is_said_with_the_remedy(monkeypatch, capsys):
+    monkeypatch.setattr(static.importlib.util, "find_spec", lambda name: None)
+    assert static.main(["--target", "v6e"]) == 2
+    assert 'pip install "jax[tpu]' in capsys.readouterr().err
+
+
+def test_the_budget_has_no_spill_and_knows_its_cases():
+    kept = json.loads(static.BUDGET.read_text())
+    known = {f"{case.name}, {run}" for case in shapes.SHIPPED for run in shapes.PASSES}
+    for versions in kept.values():
+        for cases in versions.values():
+            assert set(cases) <= known
+            for report in cases.values():
+                assert all(not figures.get("spill") for figures in report.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", static.CHIPS)
+def test_shipped_kernels_keep_to_their_budget(name, capsys):
+    if why := static.missing(static.CHIPS[name]):
+        pytest.skip(why)
+    status = static.main(["--target", name, "--check"])
+    assert status == 0, capsys.readouterr().out
