@@ -1,0 +1,410 @@
+"""Softmax attention on Hopper: flash, sliding window and Linformer's, forward and backward.
+
+Queries stay and keys stream in `forward` and for dq, keys stay and queries stream for dk and dv:
+FlashAttention-3's division of work (arXiv 2407.08608) without its overlap within a warpgroup. Where
+all keys fit on chip (`RESIDENT`), they stay and the queries stream in `forward`: one maximum, one
+exponential, no rescaling.
+
+Products take bfloat16 and give float32; softmax is in float32 and in base 2. Weights are rounded to
+bfloat16 before they meet the values or, backward, the gradients.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels.fused_softmax import Tiles, Window
+from kernels.pallas_gpu.sweep import (
+    HEIGHT,
+    HIDDEN,
+    REGISTERS,
+    TILE,
+    WARPGROUPS,
+    Band,
+    Block,
+    Sweep,
+    over,
+    part,
+    run,
+    store,
+)
+from kernels.pallas_gpu.wgmma import (
+    COLUMNS,
+    ROWS,
+    add_matmul,
+    constant,
+    left,
+    matmul,
+    shared,
+    spare,
+)
+
+RESIDENT = 256
+"""Keys that stay on chip at most; more of them stream."""
+PROCESSORS = 132
+"""Streaming multiprocessors of an H100 or H200 (SXM)."""
+LEAST = 16
+"""Steps that are worth a block of threads of their own where dk and dv are split."""
+LOG2E = math.log2(math.e)
+
+
+class Blocks(NamedTuple):
+    """Sizes that results do not depend on, but speed, registers and shared memory do.
+
+    keys: of a step of `forward`. stages: steps in flight there. dq: keys of a step for dq. dkv:
+    queries of a step for dk and dv.
+    """
+
+    keys: int
+    stages: int
+    dq: int
+    dkv: int
+
+
+TABLE = {64: Blocks(128, 4, 128, 64), 128: Blocks(128, 2, 64, 64)}
+"""Head dim -> blocks. Each compiles for H200 without spills, with any mask (`kernels.static`)."""
+
+
+def tiles(q, k, *, causal: bool, window: Window, resident: bool) -> Tiles:
+    """What T and S are multiples of; all keys where they stay on chip."""
+    del q, window
+    keys = -(-k.shape[1] // TILE) * TILE
+    return Tiles(TILE, keys if resident and not causal and keys <= RESIDENT else TILE)
+
+
+def refuse(q, k, v, *, causal, window, segments, keys, resident) -> str | None:
+    """Why these kernels do not take the arguments, and what to do; None if they do."""
+    del k, v, causal, window, segments, keys, resident
+    if tuple(int(x) for x in jax.__version__.split(".")[:3]) < (0, 11, 2):
+        return f"the Hopper kernels need jax 0.11.2, this is {jax.__version__}; take backend='xla'"
+    if q.dtype != jnp.bfloat16:
+        return (
+            f"the Hopper softmax kernels multiply in bfloat16, the inputs are {q.dtype}; cast them "
+            "to bfloat16 or take backend='xla'"
+        )
+    if q.shape[-1] not in TABLE:
+        return (
+            f"the Hopper softmax kernels take a head dim of {' or '.join(map(str, TABLE))}, not "
+            f"{q.shape[-1]}: others spill or were not tried; take backend='xla' or 'cudnn'"
+        )
+    return None
+
+
+def forward(
+    q, k, v, *, scale: float, causal, window: Window, segments, keys, tiles: Tiles, interpret
+) -> tuple[jax.Array, jax.Array]:
+    """out [B,T,H,D] and lse float32 [B,H,T]; see `kernels.fused_softmax`."""
+    if tiles.k == k.shape[1] <= RESIDENT and not causal and window is None and segments is None:
+        return _resident(q, k, v, scale=scale, keys=keys, interpret=interpret)
+    batch, queries, heads, dim = q.shape
+    blocks, (mine, theirs) = TABLE[dim], _ids(segments, keys, queries)
+    count = queries // TILE
+    sweep = Sweep(
+        band=_band(causal, window, queries), ids=bool(mine), tiles=count,
+        span=_span(count, heads * batch, window), block=blocks.keys,
+        count=k.shape[1] // blocks.keys, stages=blocks.stages, repeat=1,
+        share=heads // k.shape[2], splits=1, interpret=interpret,
+    )  # fmt: skip
+    shape = (HEIGHT, blocks.keys)
+
+    def body(rows, loop, index, outputs, scratch):
+        (query, *ids), (result, sums, operand) = rows, scratch
+        numbers = _numbers(ids)
+
+        def step(block: Block, carry):
+            acc, top, total = carry
+            key, *key_ids = block.wait(0)
+            logits = matmul(shape, (query, key.transpose((1, 0)))) * (scale * LOG2E)
+            logits = block.hide(logits, numbers, key_ids)
+            block.free(0)
+            higher = jnp.maximum(top, logits.max(axis=1))
+            shrink = jnp.exp2(top - higher)
+            weights = jnp.exp2(logits - over(higher, shape, 0))
+            total = total * shrink + weights.sum(axis=1)
+            acc = acc * over(shrink, acc.shape, 0)
+            (value,) = block.wait(1)
+            weights = left(weights.astype(v.dtype), operand)
+            acc = add_matmul(acc, (weights, value), interpret=interpret)
+            block.free(1)
+            return acc, higher, total
+
+        top, total = (constant(x, (HEIGHT,), ROWS) for x in (HIDDEN, 0))
+        acc, top, total = loop(step, (constant(0, (HEIGHT, dim)), top, total))
+        _finish(acc, top, total, index[:3], outputs, result, sums)
+
+    return run(
+        sweep, body, (q, *mine), ((k, *theirs), (v,)), out=_results(dim, v.dtype), operand=v.dtype,
+        out_type=_types(q, v.dtype),
+    )  # fmt: skip
+
+
+def _results(dim: int, dtype) -> list:
+    """Shared memory for what `_finish` writes."""
+    return [shared((WARPGROUPS, HEIGHT, dim), dtype), plgpu.SMEM((WARPGROUPS, HEIGHT), jnp.float32)]
+
+
+def _types(q, dtype) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Of out and lse."""
+    batch, queries, heads, _ = q.shape
+    lse = jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32)
+    return jax.ShapeDtypeStruct(q.shape, dtype), lse
+
+
+def _finish(acc, top, total, index, outputs, result, sums) -> None:
+    """acc / total -> out and top + log total, in natural units, -> lse; 0 and -inf if unseen."""
+    live = top > HIDDEN / 2
+    inverse = jnp.where(live, 1 / total, 0.0)
+    store(result, acc * over(inverse, acc.shape, 0), part(outputs[0], *index, HEIGHT))
+    total = jnp.where(live, top / LOG2E + jnp.log(total), -jnp.inf)
+    store(sums, total, part(outputs[1], *index, HEIGHT))
+
+
+def _resident(q, k, v, *, scale: float, keys, interpret) -> tuple[jax.Array, jax.Array]:
+    """`forward` with all keys of a head on chip while its queries pass."""
+    batch, queries, heads, dim = q.shape
+    count, share, stages, shape = k.shape[1], heads // k.shape[2], 2, (HEIGHT, k.shape[1])
+    mask = () if keys is None else (jnp.where(keys, 0.0, HIDDEN).astype(jnp.float32),)
+    tiles = queries // TILE
+    each = _even(tiles, heads * batch)
+    barrier = functools.partial(plgpu.Barrier, num_barriers=WARPGROUPS * stages)
+    scratch = {
+        "whole": [shared((count, dim), x.dtype) for x in (k, v)],
+        "mask": [plgpu.SMEM((count,), jnp.float32) for _ in mask],
+        "queries": shared((WARPGROUPS * stages, HEIGHT, dim), q.dtype),
+        "loaded": plgpu.Barrier(num_arrivals=2 + len(mask)),
+        "full": barrier(), "empty": barrier(),
+        "out": _results(dim, v.dtype),
+        "operand": spare((WARPGROUPS, *shape), v.dtype, interpret),
+    }  # fmt: skip
+
+    def kernel(*refs):
+        q, *refs = refs
+        whole, outputs, s = refs[: 2 + len(mask)], refs[-3:-1], refs[-1]
+        batch, head, place, wg = (lax.axis_index(name) for name in ("b", "h", "t", "wg"))
+        first = place * each
+        last = jnp.minimum(first + each, tiles)
+        slot = lambda i, wg: wg * stages + lax.rem(i - first, jnp.int32(stages))  # noqa: E731
+
+        @pl.when(wg < WARPGROUPS)
+        def _():
+            plgpu.set_max_registers(REGISTERS["compute"], action="increase")
+            plgpu.barrier_wait(s["loaded"])
+            result, sums, operand = (x.at[wg] for x in (*s["out"], *(s["operand"] or s["out"][:1])))
+            key, value = s["whole"]
+
+            def tile(i, _):
+                at = slot(i, wg)
+                plgpu.barrier_wait(s["full"].at[at])
+                logits = matmul(shape, (s["queries"].at[at], key.transpose((1, 0))))
+                plgpu.barrier_arrive(s["empty"].at[at])
+                logits = logits * (scale * LOG2E)
+                for hidden in s["mask"]:
+                    logits = logits + over(plgpu.load(hidden, layout=COLUMNS), shape, 1)
+                top = logits.max(axis=1)
+                weights = jnp.exp2(logits - over(top, shape, 0))
+                total = weights.sum(axis=1)
+                weights = left(weights.astype(v.dtype), operand if interpret is not None else None)
+                acc = matmul((HEIGHT, dim), (weights, value))
+                index = batch, head, i * TILE + wg * HEIGHT
+                _finish(acc, top, total, index, outputs, result, sums)
+                return ()
+
+            lax.fori_loop(first, last, tile, ())
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == WARPGROUPS)
+        def _():
+            plgpu.set_max_registers(REGISTERS["fetch"], action="decrease")
+            group = lax.div(head, jnp.int32(share))
+            for ref, buffer in zip(whole, [*s["whole"], *s["mask"]], strict=True):
+                piece = part(ref, batch, group, 0, count)
+                plgpu.copy_gmem_to_smem(piece, buffer, s["loaded"])
+
+            def tile(i, _):
+                for wg in range(WARPGROUPS):
+                    at = slot(i, wg)
+                    pl.when(i - first >= stages)(
+                        lambda at=at: plgpu.barrier_wait(s["empty"].at[at])
+                    )
+                    piece = part(q, batch, head, i * TILE + wg * HEIGHT, HEIGHT)
+                    plgpu.copy_gmem_to_smem(piece, s["queries"].at[at], s["full"].at[at])
+                return ()
+
+            lax.fori_loop(first, last, tile, ())
+            if interpret is not None:  # that of jax 0.11.2 wants every arrival waited for
+
+                def drain(i, _):
+                    for wg in range(WARPGROUPS):
+                        plgpu.barrier_wait(s["empty"].at[slot(i, wg)])
+                    return ()
+
+                lax.fori_loop(jnp.maximum(last - stages, first), last, drain, ())
+
+    return plgpu.kernel(
+        kernel,
+        out_type=_types(q, v.dtype),
+        grid=(-(-tiles // each), heads, batch),
+        grid_names=("t", "h", "b"),
+        num_threads=WARPGROUPS + 1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        scratch_types=[scratch],
+        interpret=interpret,
+    )(q, k, v, *mask)
+
+
+def _even(tiles: int, heads: int) -> int:
+    """Tiles of a block of threads so that the last of them ends soonest; 2 tiles' time to begin."""
+
+    def end(each: int) -> int:
+        return -(-heads * -(-tiles // each) // PROCESSORS) * (each + 2)
+
+    return min(range(1, tiles + 1), key=end)
+
+
+def backward(
+    q, k, v, out, lse, dout, dlse, *, scale: float, causal, window: Window, segments, keys,
+    tiles: Tiles, interpret,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """dq, dk, dv of `forward`, whose results are out and lse; dlse may be None."""
+    del tiles
+    blocks, live = TABLE[q.shape[-1]], lse > -jnp.inf
+    delta = jnp.einsum("bthd,bthd->bht", out, dout, preferred_element_type=jnp.float32)
+    delta = jnp.where(live, delta if dlse is None else delta - dlse, 0.0)
+    lse = jnp.where(live, lse * LOG2E, -HIDDEN)  # weights of exp2(-1e30) = 0
+    given = q, k, v, dout, lse, delta
+    options = {"scale": scale, "ids": _ids(segments, keys, q.shape[1]), "interpret": interpret}
+    band = _band(causal, window, q.shape[1])
+    dq = _dq(*given, band=band, block=blocks.dq, **options)
+    return dq, *_dkv(*given, band=band.turned(), block=blocks.dkv, **options)
+
+
+def _dq(q, k, v, dout, lse, delta, *, scale, band: Band, ids, block: int, interpret) -> jax.Array:
+    """dq = scale sum_s dl_s k_s for dl_s = w_s (<dout, v_s> - delta), w = exp(l - lse)."""
+    batch, queries, heads, dim = q.shape
+    shape = (HEIGHT, block)
+    sweep = Sweep(
+        band=band, ids=bool(ids[0]), tiles=queries // TILE, span=1, block=block,
+        count=k.shape[1] // block, stages=2, repeat=1, share=heads // k.shape[2], splits=1,
+        interpret=interpret,
+    )  # fmt: skip
+
+    def body(rows, loop, index, outputs, scratch):
+        query, cotangent, *vectors = rows[:4]
+        lse, delta = (over(plgpu.load(x, layout=ROWS), shape, 0) for x in vectors)
+        numbers, (result, operand) = _numbers(rows[4:]), scratch
+
+        def step(at: Block, acc):
+            key, *key_ids = at.wait(0)
+            (value,) = at.wait(1)
+            logits, dweights = _two(
+                shape, (query, key.transpose((1, 0))), (cotangent, value.transpose((1, 0)))
+            )
+            at.free(1)
+            weights = jnp.exp2(at.hide(logits * (scale * LOG2E), numbers, key_ids) - lse)
+            dlogits = left((weights * (dweights - delta)).astype(q.dtype), operand)
+            acc = add_matmul(acc, (dlogits, key), interpret=interpret)
+            at.free(0)
+            return acc
+
+        acc = loop(step, constant(0, (HEIGHT, dim)))
+        store(result, acc * scale, part(outputs[0], *index[:3], HEIGHT))
+
+    return run(
+        sweep, body, (q, dout, lse, delta, *ids[0]), ((k, *ids[1]), (v,)), operand=q.dtype,
+        out=[shared((WARPGROUPS, HEIGHT, dim), q.dtype)],
+        out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype),),
+    )[0]  # fmt: skip
+
+
+def _dkv(q, k, v, dout, lse, delta, *, scale, band: Band, ids, block: int, interpret):
+    """dk = scale sum_t dl_t q_t and dv = sum_t w_t dout_t, over the heads of the group as well."""
+    (batch, length, groups, dim), queries, heads = k.shape, *q.shape[1:3]
+    shape, tiles, count = (block, HEIGHT)[::-1], length // TILE, queries // block
+    splits = max(1, min(PROCESSORS // (tiles * groups * batch), count // LEAST))
+    sweep = Sweep(
+        band=band, ids=bool(ids[0]), tiles=tiles, span=1, block=block, count=count, stages=2,
+        repeat=heads // groups, share=1, splits=splits, interpret=interpret,
+    )  # fmt: skip
+
+    def body(rows, loop, index, outputs, scratch):
+        key, value, *key_ids = rows
+        numbers, (result, operand) = _numbers(key_ids), scratch
+
+        def step(at: Block, carry):
+            dk, dv = carry
+            query, lse, *query_ids = at.wait(0)
+            logits = matmul(shape, (key, query.transpose((1, 0)))) * (scale * LOG2E)
+            lse = over(plgpu.load(lse, layout=COLUMNS), shape, 1)
+            weights = jnp.exp2(at.hide(logits, numbers, query_ids) - lse)
+            cotangent, delta = at.wait(1)
+            weights = weights.astype(q.dtype)  # half the registers, and what dv is made of
+            dv = add_matmul(dv, (left(weights, operand), cotangent), interpret=interpret)
+            dweights = matmul(shape, (value, cotangent.transpose((1, 0))))
+            delta = over(plgpu.load(delta, layout=COLUMNS), shape, 1)
+            at.free(1)
+            dlogits = (weights.astype(jnp.float32) * (dweights - delta)).astype(q.dtype)
+            dk = add_matmul(dk, (left(dlogits, operand), query), interpret=interpret)
+            at.free(0)
+            return dk, dv
+
+        zero = constant(0, (HEIGHT, dim))
+        dk, dv = loop(step, (zero, zero))
+        for ref, value in zip(outputs, (dk * scale, dv), strict=True):
+            ref = ref.at[index[3]] if splits > 1 else ref
+            store(result, value, part(ref, *index[:3], HEIGHT))
+
+    dtype = jnp.float32 if splits > 1 else k.dtype
+    lead = (splits,) if splits > 1 else ()
+    dk, dv = run(
+        sweep, body, (k, v, *ids[1]), ((q, lse, *ids[0]), (dout, delta)), operand=q.dtype,
+        out=[shared((WARPGROUPS, HEIGHT, dim), dtype)],
+        out_type=(jax.ShapeDtypeStruct((*lead, *k.shape), dtype),) * 2,
+    )  # fmt: skip
+    return [jnp.sum(x, axis=0).astype(k.dtype) if splits > 1 else x for x in (dk, dv)]
+
+
+def _two(shape: tuple[int, int], *pairs) -> tuple[jax.Array, jax.Array]:
+    """a @ b for each of two pairs, both on their way at once."""
+
+    def run(*accumulators):
+        for acc, (a, b) in zip(accumulators, pairs, strict=True):
+            plgpu.wgmma(acc, a, b)
+        return tuple(acc[...] for acc in accumulators)
+
+    return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for _ in pairs))
+
+
+def _band(causal: bool, window: Window, queries: int) -> Band:
+    before, after = (None, None) if window is None else (min(x, queries) for x in window)
+    return Band(before, 0 if causal else after)
+
+
+def _ids(segments, keys, queries: int) -> tuple[tuple, tuple]:
+    """Numbers of queries ([B,T],) and of keys ([B,S],) that must agree; () and () for no mask."""
+    if segments is None and keys is None:
+        return (), ()
+    if segments is None:
+        segments = jnp.zeros((keys.shape[0], queries), jnp.int32)
+        theirs = jnp.zeros(keys.shape, jnp.int32)
+    else:
+        segments = theirs = segments.astype(jnp.int32)
+    if keys is not None:
+        theirs = jnp.where(keys, theirs, jnp.iinfo(jnp.int32).min)
+    return (segments,), (theirs,)
+
+
+def _numbers(references: list) -> jax.Array | None:
+    """The numbers of this warpgroup's rows, where `_ids` gave any."""
+    return plgpu.load(references[0], layout=ROWS) if references else None
+
+
+def _span(tiles: int, heads: int, window: Window) -> int:
+    """Tiles of a block of threads: several of a window's few steps, but no processor idle."""
+    return 1 if window is None else max(1, min(8, tiles * heads // (4 * PROCESSORS)))
