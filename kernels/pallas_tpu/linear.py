@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -401,7 +402,7 @@ def _tokens(plan: _Plan, **arrays) -> dict[str, _Array]:
             x = jnp.repeat(x, plan.heads // x.shape[2], axis=2)
         per = plan.heads // x.shape[2]
         block = (None, plan.chunk, plan.packed * x.shape[3])
-        at = functools.partial(lambda b, h, c, per: (b, c, h // per), per=per)
+        at = functools.partial(lambda b, h, c, per: (b, c, jax.lax.div(h, per)), per=np.int32(per))
         made[name] = _Array(x.reshape(*x.shape[:2], -1), block, at)
     return made
 
