@@ -1,11 +1,16 @@
-"""Which implementation of an op runs: a named one, or it raises; `auto`, the first that can."""
+"""Which implementation of an op runs: a named one, or it raises; `auto`, the first proven one."""
 
 import functools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
+from kernels.target import Chip, target
+
 Backend = Literal["auto", "xla", "pallas", "cudnn"]
+PROVEN: dict[tuple[Chip, str], frozenset[str]] = {}
+"""Ops by chip and backend that `python -m kernels.bench` has found right, and faster than XLA,
+there: what `auto` may take beside XLA. None yet: no such chip has been at hand."""
 log = logging.getLogger(__name__)
 
 
@@ -23,14 +28,19 @@ class Path(NamedTuple):
 def run(op: str, backend: Backend, paths: Mapping[str, Path], *arguments: Any, **options: Any):
     """`op` by the path that `backend` names, out of an ordered table whose last takes everything.
 
-    What the path itself raises propagates: no other one is tried.
+    "auto" is the first that is `PROVEN` here, or "xla", and does not refuse. What the path itself
+    raises propagates: no other one is tried.
 
     Raises:
         NotImplementedError: `op` has no path of that name, or the path refuses these arguments.
     """
     if backend == "auto":
-        refuses = lambda path: path.refuse(*arguments, **options)  # noqa: E731
-        backend = next(name for name, path in paths.items() if not refuses(path))  # type: ignore[assignment]
+        backend = next(  # type: ignore[assignment]
+            name
+            for name, path in paths.items()
+            if (name == "xla" or op in PROVEN.get((target().chip, name), ()))
+            and not path.refuse(*arguments, **options)
+        )
         _say_once(op, backend)
     elif backend not in paths:
         raise NotImplementedError(

@@ -1,4 +1,4 @@
-"""A named backend runs or says why not; `auto` takes the first that does not refuse."""
+"""A named backend runs or says why not; `auto` takes the first proven one that does not refuse."""
 
 import logging
 
@@ -52,12 +52,22 @@ def test_a_named_path_that_refuses_says_why():
         dispatch.run("an op", "pallas", PATHS, 3, limit=2)
 
 
-def test_auto_takes_the_first_that_does_not_refuse():
+@pytest.fixture
+def proven(monkeypatch):
+    monkeypatch.setitem(dispatch.PROVEN, ("cpu", "pallas"), frozenset({"an op"}))
+
+
+def test_auto_takes_xla_where_nothing_else_is_proven():
+    assert dispatch.run("an op", "auto", PATHS, 2, limit=2) == ("xla", 2)
+
+
+def test_auto_takes_the_first_proven_one_that_does_not_refuse(proven):
+    assert dispatch.run("another op", "auto", PATHS, 2, limit=2) == ("xla", 2)
     assert dispatch.run("an op", "auto", PATHS, 2, limit=2) == ("pallas", 2)
     assert dispatch.run("an op", "auto", PATHS, 3, limit=2) == ("xla", 3)
 
 
-def test_auto_says_once_what_it_took(caplog):
+def test_auto_says_once_what_it_took(caplog, proven):
     dispatch._say_once.cache_clear()
     with caplog.at_level(logging.INFO, "kernels.dispatch"):
         for x in (1, 2, 3):
@@ -66,7 +76,7 @@ def test_auto_says_once_what_it_took(caplog):
     assert [r.message for r in caplog.records] == said
 
 
-def test_what_a_path_raises_propagates():
+def test_what_a_path_raises_propagates(proven):
     def broken():
         raise RuntimeError("inside the kernel")
 
