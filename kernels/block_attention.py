@@ -86,7 +86,7 @@ def block_attention(
     check_heads(q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     how = {"blocks": blocks, "mask": mask, "scale": scale, "slopes": slopes}
-    return run("block_attention", backend, {"xla": Path(_xla)}, q, k, v, **how)
+    return run("block_attention", backend, {"xla": Path(_xla)}, (q, k, v), how)
 
 
 def join(*parts: Part) -> Float[Array, "B T H Dv"]:

@@ -14,19 +14,21 @@ there: what `auto` may take beside XLA. None yet: no such chip has been at hand.
 log = logging.getLogger(__name__)
 
 
-def _never(*arguments: Any, **options: Any) -> None:
-    """The refusal of an implementation that takes everything."""
-
-
 class Path(NamedTuple):
-    """An implementation. `refuse` gets the same arguments: one sentence why not, or None."""
+    """An implementation. `refuse` gets the same arguments and says why not, in a sentence, or None;
+    without it everything is taken.
+    """
 
     run: Callable[..., Any]
-    refuse: Callable[..., str | None] = _never
+    refuse: Callable[..., str | None] | None = None
 
 
-def run(op: str, backend: Backend, paths: Mapping[str, Path], *arguments: Any, **options: Any):
-    """`op` by the path that `backend` names, out of an ordered table whose last takes everything.
+def run(
+    op: str, backend: Backend, paths: Mapping[str, Path], arguments: tuple, options: dict[str, Any]
+):
+    """`op` on arguments and named options, by the path that `backend` names.
+
+    `paths` is in order of preference; its last, "xla", takes everything.
 
     "auto" is the first that is `PROVEN` here, or "xla", and does not refuse. What the path itself
     raises propagates: no other one is tried.
@@ -39,16 +41,20 @@ def run(op: str, backend: Backend, paths: Mapping[str, Path], *arguments: Any, *
             name
             for name, path in paths.items()
             if (name == "xla" or op in PROVEN.get((target().chip, name), ()))
-            and not path.refuse(*arguments, **options)
+            and not _reason(path, arguments, options)
         )
         _say_once(op, backend)
     elif backend not in paths:
         raise NotImplementedError(
             f"{op} has no backend {backend!r}; it has: auto, {', '.join(paths)}"
         )
-    elif reason := paths[backend].refuse(*arguments, **options):
+    elif reason := _reason(paths[backend], arguments, options):
         raise NotImplementedError(f"{op} with backend {backend!r}: {reason}")
     return paths[backend].run(*arguments, **options)
+
+
+def _reason(path: Path, arguments: tuple, options: dict[str, Any]) -> str | None:
+    return path.refuse(*arguments, **options) if path.refuse else None
 
 
 @functools.cache

@@ -53,8 +53,9 @@ def favor_attention(
     mask = mask or Mask()
     mask.check(q.shape[1], k.shape[1])
     how = {"feature_map": feature_map, "mask": mask, "learn_projection": learn_projection}
+    how["chunk"] = chunk
     paths = {"pallas": Path(_fused, _refuse), "xla": Path(_xla)}
-    return run("favor_attention", backend, paths, q, k, v, projection, **how, chunk=chunk)
+    return run("favor_attention", backend, paths, (q, k, v, projection), how)
 
 
 def causal_favor_attention(
@@ -81,10 +82,9 @@ def causal_favor_attention(
     if not mask.causal:
         raise ValueError("causal_favor_attention takes a causal mask: Mask(causal=True, ...)")
     how = {"feature_map": feature_map, "mask": mask, "learn_projection": learn_projection}
+    how["chunk"] = chunk
     paths = {"pallas": Path(_fused_causal, _refuse_causal), "xla": Path(_xla_causal)}
-    return run(
-        "causal_favor_attention", backend, paths, q, k, v, projection, state, **how, chunk=chunk
-    )
+    return run("causal_favor_attention", backend, paths, (q, k, v, projection, state), how)
 
 
 def favor_features(
@@ -172,5 +172,6 @@ def _refuse(q, k, v, projection, *, feature_map, mask, learn_projection, chunk):
     return fused_linear.refuse_favor(q, k, v, rows, mask=mask)
 
 
-def _refuse_causal(q, k, v, projection, state, **how):
-    return _refuse(q, k, v, projection, **how)
+def _refuse_causal(q, k, v, projection, state, *, feature_map, mask, learn_projection, chunk):
+    how = {"feature_map": feature_map, "mask": mask, "learn_projection": learn_projection}
+    return _refuse(q, k, v, projection, **how, chunk=chunk)

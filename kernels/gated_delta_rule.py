@@ -45,7 +45,7 @@ def gated_delta_rule(
     """
     mask = causal(mask, q.shape[1])
     how = {"mask": mask, "chunk": chunk, "state": initial_state}
-    return run("gated_delta_rule", backend, {"xla": Path(_xla)}, q, k, v, beta, log_decay, **how)
+    return run("gated_delta_rule", backend, {"xla": Path(_xla)}, (q, k, v, beta, log_decay), how)
 
 
 def gated_delta_rule_step(

@@ -52,7 +52,7 @@ def gated_linear_attention(
         raise ValueError(f"{q.shape[2]} groups of keys do not divide {v.shape[2]} heads")
     how = {"mask": mask, "chunk": chunk, "state": initial_state}
     paths = {"pallas": Path(fused_linear.gated, fused_linear.refuse_gated), "xla": Path(_xla)}
-    return run("gated_linear_attention", backend, paths, q, k, v, log_decay, **how)
+    return run("gated_linear_attention", backend, paths, (q, k, v, log_decay), how)
 
 
 def gated_linear_attention_step(

@@ -76,7 +76,7 @@ def linear_attention(
         "pallas": Path(fused_linear.linear, fused_linear.refuse_linear),
         "xla": Path(_xla),
     }
-    return run("linear_attention", backend, paths, q, k, v, **how)
+    return run("linear_attention", backend, paths, (q, k, v), how)
 
 
 def causal_linear_attention(
@@ -110,7 +110,7 @@ def causal_linear_attention(
         "pallas": Path(fused_linear.causal, fused_linear.refuse_causal),
         "xla": Path(_xla_causal),
     }
-    return run("causal_linear_attention", backend, paths, q, k, v, state, **how)
+    return run("causal_linear_attention", backend, paths, (q, k, v, state), how)
 
 
 def linear_attention_init(batch: int, heads: int, features: int, dim: int) -> LinearState:

@@ -32,7 +32,7 @@ def linformer_attention(
     """
     Mask(keys=alive).check(q.shape[1], k.shape[1])
     check_heads(q, k)
-    return run("linformer_attention", backend, PATHS, q, k, v, alive=alive)
+    return run("linformer_attention", backend, PATHS, (q, k, v), {"alive": alive})
 
 
 def _xla(q, k, v, *, alive):

@@ -60,7 +60,7 @@ def lsh_attention(
         )
     chunk = min(chunk, q.shape[1])
     how = {"count": count, "chunk": chunk, "layout": layout, "mask": mask}
-    return run("lsh_attention", backend, {"xla": Path(_xla)}, q, v, buckets, **how)
+    return run("lsh_attention", backend, {"xla": Path(_xla)}, (q, v, buckets), how)
 
 
 def unit(q: Float[Array, "*N D"]) -> Float[Array, "*N D"]:

@@ -54,7 +54,7 @@ def softmax_attention(
         "pallas": Path(fused_softmax.softmax, fused_softmax.refuse_softmax),
         "xla": Path(_xla),
     }
-    return run("softmax_attention", backend, paths, q, k, v, **how)
+    return run("softmax_attention", backend, paths, (q, k, v), how)
 
 
 def _xla(q, k, v, *, mask: Mask, scale: float, logit_cap: float | None, bias):

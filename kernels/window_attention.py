@@ -41,7 +41,7 @@ def window_attention(
     right = 0 if mask.causal else right
     how = {"left": left, "right": right, "dilation": dilation, "mask": mask, "slopes": slopes}
     paths = {"pallas": Path(fused_softmax.window, fused_softmax.refuse_window), "xla": Path(_xla)}
-    return run("window_attention", backend, paths, q, k, v, **how)
+    return run("window_attention", backend, paths, (q, k, v), how)
 
 
 def _xla(q, k, v, *, left: int, right: int, dilation: int, mask: Mask, slopes) -> Part:

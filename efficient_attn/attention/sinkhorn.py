@@ -104,7 +104,7 @@ class Sinkhorn(Mixer):
         valid = jnp.ones(x.shape[:2], bool) if mask.keys is None else mask.keys
         order = self.order(x, valid, rngs)
         paths = {"xla": Path(self._xla)}
-        out = run("sinkhorn", self.site.backend, paths, q, k, v, valid, order)
+        out = run("sinkhorn", self.site.backend, paths, (q, k, v, valid, order), {})
         return self.out(rearrange(out, "b t h d -> b t (h d)"))
 
     def order(

@@ -154,7 +154,7 @@ class Synthesizer(Mixer):
 
     def _mix(self, rows, values, keys, mask: Mask):
         paths = {"xla": Path(self._xla)}
-        out = run("synthesizer", self.site.backend, paths, rows, values, keys, mask)
+        out = run("synthesizer", self.site.backend, paths, (rows, values, keys, mask), {})
         return self._project(out)
 
     def _xla(self, rows, values, keys, mask: Mask):

@@ -44,12 +44,12 @@ def test_a_path_that_is_missing_is_named_with_those_that_are_there():
     with pytest.raises(
         NotImplementedError, match="an op has no backend 'cudnn'.*auto, pallas, xla"
     ):
-        dispatch.run("an op", "cudnn", PATHS, 1, limit=2)
+        dispatch.run("an op", "cudnn", PATHS, (1,), {"limit": 2})
 
 
 def test_a_named_path_that_refuses_says_why():
     with pytest.raises(NotImplementedError, match="an op with backend 'pallas': 3 is over 2; make"):
-        dispatch.run("an op", "pallas", PATHS, 3, limit=2)
+        dispatch.run("an op", "pallas", PATHS, (3,), {"limit": 2})
 
 
 @pytest.fixture
@@ -58,20 +58,20 @@ def proven(monkeypatch):
 
 
 def test_auto_takes_xla_where_nothing_else_is_proven():
-    assert dispatch.run("an op", "auto", PATHS, 2, limit=2) == ("xla", 2)
+    assert dispatch.run("an op", "auto", PATHS, (2,), {"limit": 2}) == ("xla", 2)
 
 
 def test_auto_takes_the_first_proven_one_that_does_not_refuse(proven):
-    assert dispatch.run("another op", "auto", PATHS, 2, limit=2) == ("xla", 2)
-    assert dispatch.run("an op", "auto", PATHS, 2, limit=2) == ("pallas", 2)
-    assert dispatch.run("an op", "auto", PATHS, 3, limit=2) == ("xla", 3)
+    assert dispatch.run("another op", "auto", PATHS, (2,), {"limit": 2}) == ("xla", 2)
+    assert dispatch.run("an op", "auto", PATHS, (2,), {"limit": 2}) == ("pallas", 2)
+    assert dispatch.run("an op", "auto", PATHS, (3,), {"limit": 2}) == ("xla", 3)
 
 
 def test_auto_says_once_what_it_took(caplog, proven):
     dispatch._say_once.cache_clear()
     with caplog.at_level(logging.INFO, "kernels.dispatch"):
         for x in (1, 2, 3):
-            dispatch.run("an op", "auto", PATHS, x, limit=2)
+            dispatch.run("an op", "auto", PATHS, (x,), {"limit": 2})
     said = [f"an op runs on backend {name}" for name in ("pallas", "xla")]
     assert [r.message for r in caplog.records] == said
 
@@ -81,4 +81,4 @@ def test_what_a_path_raises_propagates(proven):
         raise RuntimeError("inside the kernel")
 
     with pytest.raises(RuntimeError, match="inside the kernel"):
-        dispatch.run("an op", "auto", {"pallas": Path(broken), "xla": Path(max)})
+        dispatch.run("an op", "auto", {"pallas": Path(broken), "xla": Path(max)}, (), {})
