@@ -10,15 +10,32 @@ With x, y, z as in `kernels.pallas_gpu.stream`, and g_i = dout_i inv_den_i left 
 Each makes its own pass over memory and writes nothing but what it is run for.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from kernels.pallas_gpu.favor import favor, half_square, log_scale
 from kernels.pallas_gpu.stream import CHUNK, Role, stream
 
 DEPTHS = (64, 128)
-"""Sizes of heads that the kernels take."""
+"""Channels of a head that the kernels take."""
+RANKS = (128, 256)
+"""Features that they make."""
+
+__all__ = [
+    "CHUNK",
+    "backward",
+    "chunk_length",
+    "forward",
+    "log_scale",
+    "read",
+    "read_backward",
+    "refuse",
+    "sums",
+    "sums_backward",
+]
 
 
 def refuse(q, k, v, *, rank: int | None = None) -> str | None:
@@ -32,12 +49,16 @@ def refuse(q, k, v, *, rank: int | None = None) -> str | None:
                 f"{name} is {jnp.dtype(a.dtype).name} and the Hopper kernels take bfloat16: "
                 "cast q, k and v, or use backend='xla'"
             )
-    if rank is not None:
-        return "the Hopper kernels do not make features: use backend='xla'"
+    if rank is not None and (rank not in RANKS or {q.shape[-1], v.shape[-1]} != {64}):
+        return (
+            f"there are {rank} features of {q.shape[-1]} channels a head and values of "
+            f"{v.shape[-1]}; the Hopper kernels make {' or '.join(map(str, RANKS))} of 64 and take "
+            "values of 64: use backend='xla'"
+        )
     for name, a in (("k", k), ("v", v)):
         if a.shape[-1] not in DEPTHS or a.shape[-1] != q.shape[-1]:
             return (
-                f"{name} has {a.shape[-1]} channels a head beside q's {q.shape[-1]}, and the Hopper "
+                f"{name} has {a.shape[-1]} channels a head, q {q.shape[-1]}; the Hopper "
                 f"kernels take {' or '.join(map(str, DEPTHS))} of each: use backend='xla'"
             )
     return None
@@ -58,13 +79,14 @@ def forward(
 
     Arguments and formulas are those of `kernels.fused_linear`.
     """
-    assert projection is None and chunk == CHUNK
+    assert chunk == CHUNK
     heads = _heads(q, k, v)
     factors, enter = {}, None
     if ways is not None:
         enter = ways.end
         factors = {"row": -ways.row, "column": ways.col, "read": ways.start, "keep": ways.keep}
-    made = stream(
+    run = _run(projection, heads, x=("q", q), y=("k", k))
+    made = run(
         Role(divide=normalise), q, k, v, heads=heads, vectors=factors | {"enter": enter},
         fill=enter, segments=_segments(ways), state=state, interpret=interpret,
     )  # fmt: skip
@@ -79,32 +101,36 @@ def backward(
 ):  # fmt: skip
     """dq, dk [B, T, H, D], dv [B, T, H, Dv], q_dq, k_dk [B, H, T], (dS, dz).
 
-    q_dq and k_dk, which nobody needs then, are None where `ways` is.
+    With a projection dq and dk are of what features are made of, q_dq and k_dk of the features.
+    q_dq and k_dk, which nobody needs then, are None where `ways` and `projection` are.
     """
-    assert projection is None and chunk == CHUNK
+    assert chunk == CHUNK
     gain, shift = (inv_den, r) if normalise else (None, None)
     start = end = row = column = keep = None
     if ways is not None:
         start, end, row, column, keep = ways.start, ways.end, -ways.row, ways.col, ways.keep
+    heads = _heads(q, k, v)
     shared = {
-        "heads": _heads(q, k, v), "segments": _segments(ways), "interpret": interpret,
+        "heads": heads, "segments": _segments(ways), "interpret": interpret,
     }  # fmt: skip
     both = {"keep": keep, "gain": gain}
 
-    role = Role(lift=normalise, own=ways is not None)
+    own = ways is not None or projection is not None
+    role = Role(lift=normalise, own=own)
     factors = both | {"row": row, "column": column, "shift": shift, "enter": end}
     factors |= {"read": _product(start, gain), "lift": _product(start, shift)}
-    query = stream(
+    query = _run(projection, heads, z=("k", k), own=("q", q))(
         role, dout, v, k, q if role.own else None, vectors=factors, fill=end,
         state=_turned(state), **shared,
     )  # fmt: skip
 
     later = both | {"row": column, "column": row, "read": end, "enter": _product(start, gain)}
     role = Role(reverse=True, gain="columns")
-    value = stream(role, k, q, dout, vectors=later, state=dstate, **shared)
+    run = _run(projection, heads, x=("k", k), y=("q", q))
+    value = run(role, k, q, dout, vectors=later, state=dstate, **shared)
 
-    role = Role(reverse=True, gain="columns", lift=normalise, own=ways is not None)
-    key = stream(
+    role = Role(reverse=True, gain="columns", lift=normalise, own=own)
+    key = _run(projection, heads, z=("q", q), own=("k", k))(
         role, v, dout, q, k if role.own else None, vectors=later | {"shift": shift, "lift": end},
         fill=_product(start, shift), state=_turned(dstate), **shared,
     )  # fmt: skip
@@ -117,10 +143,11 @@ def sums(
     interpret: Any,
 ):  # fmt: skip
     """S = sum_j end_j k_j v_j^T [B, G, R, Dv] and z = sum_j end_j k_j [B, G, R]."""
-    assert projection is None and chunk == CHUNK
-    made = stream(
-        Role(out=False, within=False), None, k, v, heads=_heads(k, v), vectors={"enter": end},
-        fill=end, interpret=interpret,
+    assert chunk == CHUNK
+    heads = _heads(k, v)
+    made = _run(projection, heads, y=("k", k))(
+        Role(out=False, within=False), None, k, v, heads=heads, vectors={"enter": end}, fill=end,
+        interpret=interpret,
     )  # fmt: skip
     return made.S, made.n
 
@@ -130,10 +157,11 @@ def read(
     interpret: Any,
 ):  # fmt: skip
     """out_i = q_i S, over den_i = <q_i, z> if `normalise`: [B, T, H, Dv] and [B, H, T] or None."""
-    assert projection is None and chunk == CHUNK
+    assert chunk == CHUNK
     heads, state = _spread(q, S, z)
     role = Role(within=False, update=False, divide=normalise)
-    made = stream(role, q, None, None, heads=heads, state=state, interpret=interpret)
+    run = _run(projection, heads, x=("q", q))
+    made = run(role, q, None, None, heads=heads, state=state, interpret=interpret)
     return made.out, made.den
 
 
@@ -142,17 +170,17 @@ def read_backward(
     projection: Any, chunk: int, interpret: Any,
 ):  # fmt: skip
     """dq [B, T, H, R] = g S^T + r z^T, and (dS, dz) = (sum q g^T, sum r q) of each of H heads."""
-    assert projection is None and chunk == CHUNK
+    assert chunk == CHUNK
     heads, state = _spread(q, S, z)
-    role = Role(within=False, update=False, lift=True)
-    query = stream(
-        role, dout, None, None, heads=heads, vectors={"read": inv_den, "lift": r},
-        state=_turned(state), interpret=interpret,
+    role = Role(within=False, update=False, lift=True, own=projection is not None)
+    query = _run(projection, heads, own=("q", q))(
+        role, dout, None, None, q if role.own else None, heads=heads,
+        vectors={"read": inv_den, "lift": r}, state=_turned(state), interpret=interpret,
     )  # fmt: skip
-    role = Role(out=False, within=False)
-    made = stream(
-        role, None, q, dout, heads=heads, vectors={"enter": inv_den}, fill=r, interpret=interpret
-    )
+    made = _run(projection, heads, y=("q", q))(
+        Role(out=False, within=False), None, q, dout, heads=heads, vectors={"enter": inv_den},
+        fill=r, interpret=interpret,
+    )  # fmt: skip
     return query.out, (made.S, made.n)
 
 
@@ -160,17 +188,35 @@ def sums_backward(
     k: jax.Array, v: jax.Array, dS: jax.Array, dz: jax.Array, *, end: jax.Array | None,
     projection: Any, chunk: int, interpret: Any,
 ):  # fmt: skip
-    """dk = end (v dS^T + dz), dv = end (k dS), k_dk = <k, dk> (None where `end` is)."""
-    assert projection is None and chunk == CHUNK
-    shared = {"heads": _heads(k, v), "interpret": interpret}
-    role = Role(within=False, update=False, lift=True, own=end is not None)
-    key = stream(
-        role, v, None, None, k if role.own else None, vectors={"read": end, "lift": end},
+    """dk = end (v dS^T + dz), dv = end (k dS), k_dk = <k, dk>.
+
+    k_dk is None where `end` and `projection` are.
+    """
+    assert chunk == CHUNK
+    heads = _heads(k, v)
+    shared = {"heads": heads, "interpret": interpret}
+    own = end is not None or projection is not None
+    role = Role(within=False, update=False, lift=True, own=own)
+    key = _run(projection, heads, own=("k", k))(
+        role, v, None, None, k if own else None, vectors={"read": end, "lift": end},
         state=_turned((dS, dz)), **shared,
     )  # fmt: skip
     role = Role(within=False, update=False)
-    value = stream(role, k, None, None, vectors={"read": end}, state=(dS, dz), **shared)
+    run = _run(projection, heads, x=("k", k))
+    value = run(role, k, None, None, vectors={"read": end}, state=(dS, dz), **shared)
     return key.out, value.out, key.own
+
+
+def _run(projection: Any, heads: int, **of: tuple[str, jax.Array]):
+    """`stream`, or `favor` with the features of the operands `of`: of q's or k's ("q", "k")."""
+    if projection is None:
+        return stream
+    shifts, offsets = {"q": projection.shift_q, "k": projection.shift_k}, {}
+    for operand, (name, a) in of.items():
+        offset = shifts[name] + half_square(a, projection.half)
+        offsets[operand] = jnp.repeat(offset, heads // offset.shape[1], axis=1)
+    how = {"weight": projection.weight, "half": projection.half, "offsets": offsets}
+    return functools.partial(favor, **how)
 
 
 def _heads(*arrays: jax.Array) -> int:

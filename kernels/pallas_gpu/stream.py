@@ -47,10 +47,15 @@ LEAST = 1e-30
 """A normaliser below this is none."""
 MEMORY = 232_448
 """Bytes of shared memory that a CTA can have."""
+PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
+"""Lane semantics take layouts as they are said; Mosaic's search for them, which Warpgroup semantics
+start, did not come back from some of these kernels within minutes."""
+COMPUTING, FEEDING = 232, 40
+"""Registers of a thread of the one kind of warpgroup and the other; 504 in all."""
 WORKERS = 2
 """Computing warpgroups of a CTA."""
-_WIDTH = 64  # columns of z that one of them takes
-_FILL = 8  # rows of the tile that n is summed with: the least that wgmma takes
+WIDTH = 64  # columns of z that one of them takes
+FILL = 8  # rows of the tile that n is summed with: the least that wgmma takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +105,8 @@ def stream(
     known = {"segments": segments is not None, "state": state is not None}
     width = (z if z is not None else state[0]).shape[-1]
     plan = _plan(role, width, x, y, heads, tuple(sorted(vectors)), **known)
-    inputs = {"x": x, "y": y, "z": z, "own": own, "vectors": _pack(vectors, plan)}
-    inputs["fill"] = _halves(fill, plan) if "fill" in plan.loads else None
+    inputs = {"x": x, "y": y, "z": z, "own": own, "vectors": pack(vectors, plan)}
+    inputs["fill"] = halves(fill, plan) if "fill" in plan.loads else None
     inputs["segments"] = segments
     inputs["S0"], inputs["n0"] = state if state is not None else (None, None)
     inputs = {name: a for name, a in inputs.items() if a is not None}
@@ -110,12 +115,12 @@ def stream(
     made = plgpu.kernel(
         body,
         out_type=tuple(outputs.values()),
-        grid=(-(-plan.units // WORKERS),),
-        grid_names=("pair",),
+        grid=(-(-plan.heads // plan.tiles), plan.batch),
+        grid_names=("head", "batch"),
         num_threads=WORKERS + 1,
         thread_name="warpgroup",
         scratch_types=plan.scratch(interpret),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=PARAMS,
         **({"interpret": interpret} if interpret else {}),
     )(*inputs.values())
     made = dict(zip(outputs, made, strict=True))
@@ -125,8 +130,8 @@ def stream(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-    """The sizes of one call; a unit is a head and 64 columns of z, of which a CTA takes two."""
+class Plan:
+    """The sizes of one call."""
 
     role: Role
     batch: int
@@ -141,20 +146,18 @@ class _Plan:
 
     @property
     def splits(self) -> int:
-        return self.width // _WIDTH
-
-    @property
-    def units(self) -> int:
-        return self.batch * self.heads * self.splits
+        """Computing warpgroups that share a head."""
+        return self.width // WIDTH
 
     @property
     def chunks(self) -> int:
+        """N."""
         return self.length // CHUNK
 
     @property
     def tiles(self) -> int:
-        """Different x, y and vectors of a CTA's two units."""
-        return 1 if self.splits % WORKERS == 0 else WORKERS
+        """Heads of a CTA: of one, each computing warpgroup takes half of z's columns."""
+        return 1 if self.splits == WORKERS else WORKERS
 
     @property
     def sums(self) -> bool:
@@ -163,10 +166,12 @@ class _Plan:
 
     @property
     def summed(self) -> str:
+        """What n sums."""
         return "y" if self.role.divide or not self.role.out else "z"
 
     @property
     def n_width(self) -> int:
+        """Numbers of n."""
         return self.depth if self.summed == "y" else self.width
 
     @property
@@ -178,18 +183,19 @@ class _Plan:
             loads["x"] = (self.tiles, (CHUNK, self.depth), bfloat16)
         if role.within or role.update:
             loads["y"] = (self.tiles, (CHUNK, self.depth), bfloat16)
-            loads["z"] = (WORKERS, (CHUNK, _WIDTH), bfloat16)
+            loads["z"] = (WORKERS, (CHUNK, WIDTH), bfloat16)
         if role.own:
-            loads["own"] = (WORKERS, (CHUNK, _WIDTH), bfloat16)
+            loads["own"] = (WORKERS, (CHUNK, WIDTH), bfloat16)
         if self.names:
             loads["vectors"] = (self.tiles, (len(self.names), CHUNK), jnp.float32)
         if self.sums and role.update:
-            loads["fill"] = (self.tiles, (_FILL, CHUNK), bfloat16)
+            loads["fill"] = (self.tiles, (FILL, CHUNK), bfloat16)
         if self.segments:
             loads["segments"] = (self.tiles, (CHUNK,), jnp.int32)
         return loads
 
     def outputs(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the results by name."""
         make, f32 = jax.ShapeDtypeStruct, jnp.float32
         row = (self.batch, self.heads, self.length)
         made = {}
@@ -211,12 +217,12 @@ class _Plan:
         role, bfloat16, f32 = self.role, jnp.bfloat16, jnp.float32
         own: dict[str, tuple[tuple[int, ...], Any]] = {}
         if role.out:
-            own["S"] = ((self.depth, _WIDTH), bfloat16)
-            own["out"] = ((CHUNK, _WIDTH), bfloat16)
+            own["S"] = ((self.depth, WIDTH), bfloat16)
+            own["out"] = ((CHUNK, WIDTH), bfloat16)
         if "enter" in self.names:
-            own["enter"] = ((CHUNK, _WIDTH), bfloat16)
+            own["enter"] = ((CHUNK, WIDTH), bfloat16)
         if self.sums and role.out:
-            own["n"] = ((self.depth if role.divide else _WIDTH,), f32)
+            own["n"] = ((self.depth if role.divide else WIDTH,), f32)
         if role.divide:
             own["den"] = ((CHUNK,), f32)
         if role.own:
@@ -248,18 +254,18 @@ class _Plan:
         return made
 
 
-def _plan(role: Role, width: int, x, y, heads: int, names, **known: bool) -> _Plan:
+def _plan(role: Role, width: int, x, y, heads: int, names, **known: bool) -> Plan:
     """As many stages as fit, up to four."""
     some = x if x is not None else y
     sizes = (*some.shape[:2], heads, some.shape[-1], width)
     for stages in (4, 3, 2):
-        plan = _Plan(role, *sizes, names=names, stages=stages, **known)
+        plan = Plan(role, *sizes, names=names, stages=stages, **known)
         if plan.bytes <= MEMORY:
             return plan
     raise AssertionError(f"no two stages of {plan} fit")
 
 
-def _pack(vectors: dict[str, jax.Array], plan: _Plan) -> jax.Array | None:
+def pack(vectors: dict[str, jax.Array], plan: Plan) -> jax.Array | None:
     """[B, H, N, V, C], in the order of the plan's names; `keep` fills its row."""
     if not vectors:
         return None
@@ -270,7 +276,7 @@ def _pack(vectors: dict[str, jax.Array], plan: _Plan) -> jax.Array | None:
     return jnp.stack([split(n, vectors[n].astype(jnp.float32)) for n in plan.names], axis=3)
 
 
-def _halves(fill: jax.Array | None, plan: _Plan) -> jax.Array:
+def halves(fill: jax.Array | None, plan: Plan) -> jax.Array:
     """The tile [B, H, N, 8, C] that n is summed with; [1, 1, 1, 8, C] where fill is one."""
     if fill is None:
         fill = jnp.ones((1, 1, 1, CHUNK), jnp.float32)
@@ -278,51 +284,80 @@ def _halves(fill: jax.Array | None, plan: _Plan) -> jax.Array:
         fill = fill.reshape(plan.batch, plan.heads, plan.chunks, CHUNK)
     high = fill.astype(jnp.bfloat16)
     low = (fill - high.astype(jnp.float32)).astype(jnp.bfloat16)
-    none = jnp.zeros((*fill.shape[:3], _FILL - 2, CHUNK), jnp.bfloat16)
+    none = jnp.zeros((*fill.shape[:3], FILL - 2, CHUNK), jnp.bfloat16)
     return jnp.concatenate([high[..., None, :], low[..., None, :], none], axis=3)
 
 
-def _body(plan: _Plan, inputs, outputs, interpret, *refs, **scratch):
+def _body(plan: Plan, inputs, outputs, interpret, *refs, **scratch):
     """What each of the three warpgroups does."""
     r = SimpleNamespace(**dict(zip((*inputs, *(f"{o}_g" for o in outputs)), refs, strict=True)))
     r.__dict__.update(scratch)
-    pair, warpgroup = lax.axis_index("pair"), lax.axis_index("warpgroup")
+    warpgroup = lax.axis_index("warpgroup")
 
-    @pl.when(warpgroup < WORKERS)
-    def _():
-        plgpu.set_max_registers(232, action="increase")
-        _compute(plan, r, pair, warpgroup, interpret)
+    for index in range(WORKERS):  # two copies of the code: addresses with fewer registers
+
+        @pl.when(warpgroup == index)
+        def _(index=index):
+            plgpu.set_max_registers(COMPUTING, action="increase")
+            _compute(plan, r, index, interpret)
 
     @pl.when(warpgroup == WORKERS)
     def _():
-        plgpu.set_max_registers(48, action="decrease")
-        _feed(plan, r, pair)
+        plgpu.set_max_registers(FEEDING, action="decrease")
+        feed(plan, r, interpret)
 
 
-def _place(plan: _Plan, unit):
-    """Example, head and first column of a unit; past the last unit, that of the last."""
-    unit = jnp.minimum(unit, plan.units - 1)
-    head, split = lax.div(unit, jnp.int32(plan.splits)), lax.rem(unit, jnp.int32(plan.splits))
-    b, h = lax.div(head, jnp.int32(plan.heads)), lax.rem(head, jnp.int32(plan.heads))
-    return b, h, split * _WIDTH
+def _place(plan: Plan, index):
+    """Example, head and first column that a computing warpgroup of this CTA is for.
+
+    Where an odd head is left over, the last one is computed twice; see `_mine`.
+    """
+    b, h = lax.axis_index("batch"), lax.axis_index("head")
+    if plan.tiles == 1:
+        return b, h, index * WIDTH
+    h = WORKERS * h + index
+    return b, jnp.minimum(h, plan.heads - 1) if plan.heads % WORKERS else h, 0
 
 
-def _chunk(plan: _Plan, step):
+def _mine(plan: Plan, index):
+    """Whether a computing warpgroup is the one that writes its results: a bool, or traced."""
+    if plan.tiles == 1 or plan.heads % WORKERS == 0:
+        return True
+    return WORKERS * lax.axis_index("head") + index < plan.heads
+
+
+def _first(plan: Plan, index):
+    """Whether it writes what both halves of a head have; likewise."""
+    return index == 0 if plan.tiles == 1 else _mine(plan, index)
+
+
+def _when(condition):
+    """`pl.when`, with nothing to ask where the answer is known."""
+    if isinstance(condition, bool):
+        return lambda f: f() if condition else None
+    return pl.when(condition)
+
+
+def chunk_of(plan: Plan, step):
+    """The chunk that a step is about."""
     return plan.chunks - 1 - step if plan.role.reverse else step
 
 
-def _feed(plan: _Plan, r, pair):
+def feed(plan: Plan, r, interpret):
     """The memory warpgroup: fills the ring, stage after stage."""
     stages = plan.stages
-    group = lambda ref, h: lax.div(h, jnp.int32(plan.heads // ref.shape[2]))  # noqa: E731
+
+    def group(ref, h):
+        per = plan.heads // ref.shape[2]
+        return h if per == 1 else lax.div(h, jnp.int32(per))
 
     def source(name, index, rows):
-        b, h, column = _place(plan, WORKERS * pair + index)
+        b, h, column = _place(plan, index)
         ref = getattr(r, name)
         if name in ("x", "y"):
             return ref.at[b, rows, group(ref, h)]
         if name in ("z", "own"):
-            return ref.at[b, rows, group(ref, h), pl.ds(column, _WIDTH)]
+            return ref.at[b, rows, group(ref, h), pl.ds(column, WIDTH)]
         if name == "segments":
             return ref.at[b, rows]
         one = ref.shape[:3] == (1, 1, 1)
@@ -335,34 +370,37 @@ def _feed(plan: _Plan, r, pair):
         def _():
             plgpu.barrier_wait(r.empty.at[slot])
 
-        rows = pl.ds(_chunk(plan, step) * CHUNK, CHUNK)
+        rows = pl.ds(chunk_of(plan, step) * CHUNK, CHUNK)
         for name, (count, _, _) in plan.loads.items():
             for index in range(count):
                 to = getattr(r, f"{name}_s").at[slot, index]
                 plgpu.copy_gmem_to_smem(source(name, index, rows), to, r.full.at[slot])
         return ()
 
-    def drain(step, _):  # every barrier that completes is waited for: jax 0.11.2 checks it
+    def drain(step, _):  # jax 0.11.2's interpreter wants each barrier that completes waited for
         plgpu.barrier_wait(r.empty.at[lax.rem(step, jnp.int32(stages))])
         return ()
 
     lax.fori_loop(0, plan.chunks, fill, ())
-    lax.fori_loop(max(plan.chunks - stages, 0), plan.chunks, drain, ())
+    if interpret:
+        lax.fori_loop(max(plan.chunks - stages, 0), plan.chunks, drain, ())
 
 
-def _rows(vector, columns: int):
+def by_row(vector, columns: int):
+    """[rows, columns] with a number per row."""
     return lax.broadcast_in_dim(vector, (vector.shape[0], columns), [0])
 
 
-def _columns(vector, rows: int):
+def by_column(vector, rows: int):
+    """[rows, columns] with a number per column."""
     return lax.broadcast_in_dim(vector, (rows, vector.shape[0]), [1])
 
 
-def _compute(plan: _Plan, r, pair, warpgroup, interpret):
+def _compute(plan: Plan, r, warpgroup, interpret):
     """A computing warpgroup: one head and 64 columns of z, chunk after chunk."""
-    role, unit = plan.role, WORKERS * pair + warpgroup
-    b, h, column = _place(plan, unit)
-    columns = pl.ds(column, _WIDTH)
+    role = plan.role
+    b, h, column = _place(plan, warpgroup)
+    columns = pl.ds(column, WIDTH)
     tile = warpgroup if plan.tiles > 1 else 0
     n_at = (b, h) if plan.summed == "y" else (b, h, columns)
 
@@ -376,33 +414,32 @@ def _compute(plan: _Plan, r, pair, warpgroup, interpret):
 
     def step(count, carry):
         S, n = carry
-        slot, rows = lax.rem(count, jnp.int32(plan.stages)), _chunk(plan, count) * CHUNK
+        slot, rows = lax.rem(count, jnp.int32(plan.stages)), chunk_of(plan, count) * CHUNK
         plgpu.barrier_wait(r.full.at[slot])
         at = SimpleNamespace(slot=slot, tile=tile, warpgroup=warpgroup)
-        made = _read(plan, r, at, interpret) if role.out else {}
-        if role.update:
-            S, n = _update(plan, r, at, S, n, interpret)
-        plgpu.barrier_arrive(r.empty.at[slot])
         if role.out:
+            made = _read(plan, r, at, interpret)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was last made has left
             for name, a in made.items():
                 getattr(r, f"{name}_s").at[warpgroup][...] = a
-            if role.update:
-                publish(S, n)
-            else:
-                plgpu.commit_smem()
-            _store(plan, r, unit, warpgroup, pl.ds(rows, CHUNK))
+            plgpu.commit_smem()
+            _store(plan, r, warpgroup, pl.ds(rows, CHUNK))
+        if role.update:
+            S, n = _update(plan, r, at, S, n, interpret)
+        plgpu.barrier_arrive(r.empty.at[slot])
+        if role.update:
+            publish(S, n)
         return S, n
 
-    n_rows = plan.depth if plan.summed == "y" else _WIDTH
+    n_rows = plan.depth if plan.summed == "y" else WIDTH
     if plan.state:
         S = plgpu.load(r.S0.at[b, h, :, columns], layout=LAYOUT, optimized=False)
     else:
-        S = constant(0.0, (plan.depth, _WIDTH))
-    n = constant(0.0, (n_rows, _FILL)) if plan.sums else ()
+        S = constant(0.0, (plan.depth, WIDTH))
+    n = constant(0.0, (n_rows, FILL)) if plan.sums else ()
     if plan.state and plan.sums:
         n0 = plgpu.load(r.n0.at[n_at], layout=ROWS, optimized=False)
-        n = _rows(n0 * (1 / _FILL), _FILL)
+        n = by_row(n0 * (1 / FILL), FILL)
     publish(S, n)
     S, n = lax.fori_loop(0, plan.chunks, step, (S, n))
 
@@ -410,7 +447,7 @@ def _compute(plan: _Plan, r, pair, warpgroup, interpret):
         plgpu.wait_smem_to_gmem(0)
     if role.update:
 
-        @pl.when(unit < plan.units)
+        @_when(_mine(plan, warpgroup))
         def _():
             r.S_g.at[b, h, :, columns][...] = S
             if plan.sums and plan.summed == "z":
@@ -418,39 +455,36 @@ def _compute(plan: _Plan, r, pair, warpgroup, interpret):
 
         if plan.sums and plan.summed == "y":
 
-            @pl.when((unit < plan.units) & (column == 0))
+            @_when(_first(plan, warpgroup))
             def _():
                 r.n_g.at[n_at][...] = n.sum(axis=1)
 
 
-def _read(plan: _Plan, r, at, interpret) -> dict[str, jax.Array]:
+def _read(plan: Plan, r, at, interpret) -> dict[str, jax.Array]:
     """What the rows of a chunk read, by the name of the output."""
     role, x = plan.role, r.x_s.at[at.slot, at.tile]
-    vector = functools.partial(_vector, plan, r, at)
+    vector = functools.partial(vector_of, plan, r, at)
     read, made, inner = vector("read", ROWS), {}, []
-    den = None
+    den = _den(plan, r, at) if role.divide else None
     if role.within:
-        p = _weights(plan, r, at)
-        den = p.sum(axis=1)
+        y = r.y_s.at[at.slot, at.tile]
+        p = weights(plan, r, at, matmul((CHUNK, CHUNK), (x, y.transpose((1, 0)))))
+        den = den + p.sum(axis=1) if role.divide else None
         spare_s = r.spare_s.at[at.warpgroup] if interpret else None
         inner = [(left(p.astype(jnp.bfloat16), spare_s), r.z_s.at[at.slot, at.warpgroup])]
     past = (x, r.S_s.at[at.warpgroup])
     if read is None:
-        out = matmul((CHUNK, _WIDTH), past, *inner)
+        out = matmul((CHUNK, WIDTH), past, *inner)
     else:
-        out = matmul((CHUNK, _WIDTH), past) * _rows(read, _WIDTH)
+        out = matmul((CHUNK, WIDTH), past) * by_row(read, WIDTH)
         out = add_matmul(out, *inner, interpret=interpret) if inner else out
     if role.lift:
-        n = _columns(plgpu.load(r.n_s.at[at.warpgroup], layout=COLUMNS), CHUNK)
+        n = by_column(plgpu.load(r.n_s.at[at.warpgroup], layout=COLUMNS), CHUNK)
         lift = vector("lift", ROWS)
-        out += n if lift is None else n * _rows(lift, _WIDTH)
+        out += n if lift is None else n * by_row(lift, WIDTH)
     if role.divide:
-        n = _columns(plgpu.load(r.n_s.at[at.warpgroup], layout=COLUMNS), CHUNK)
-        past_den = (plgpu.load(x, layout=LAYOUT).astype(jnp.float32) * n).sum(axis=1)
-        past_den = past_den if read is None else past_den * read
-        den = past_den if den is None else den + past_den
         dead = jnp.abs(den) <= LEAST  # NaN is alive
-        out *= _rows(jnp.where(dead, 0.0, 1 / jnp.where(dead, 1.0, den)), _WIDTH)
+        out *= by_row(jnp.where(dead, 0.0, 1 / jnp.where(dead, 1.0, den)), WIDTH)
         made["den"] = den
     if role.own:
         own = plgpu.load(r.own_s.at[at.slot, at.warpgroup], layout=LAYOUT)
@@ -458,12 +492,24 @@ def _read(plan: _Plan, r, at, interpret) -> dict[str, jax.Array]:
     return made | {"out": out.astype(jnp.bfloat16)}
 
 
-def _weights(plan: _Plan, r, at):
-    """p of a chunk, 0 where a row does not see a column."""
-    vector = functools.partial(_vector, plan, r, at)
-    y = r.y_s.at[at.slot, at.tile]
-    p = matmul((CHUNK, CHUNK), (r.x_s.at[at.slot, at.tile], y.transpose((1, 0))))
-    along, spread = (ROWS, _rows) if plan.role.gain == "rows" else (COLUMNS, _columns)
+def _den(plan: Plan, r, at):
+    """What rows read of n, 64 columns at a time: registers are few."""
+
+    def add(index, den):
+        columns = pl.ds(index * WIDTH, WIDTH)
+        x = plgpu.load(r.x_s.at[at.slot, at.tile, :, columns], layout=LAYOUT).astype(jnp.float32)
+        n = plgpu.load(r.n_s.at[at.warpgroup, columns], layout=COLUMNS)
+        return den + (x * by_column(n, CHUNK)).sum(axis=1)
+
+    read = vector_of(plan, r, at, "read", ROWS)
+    den = lax.fori_loop(0, plan.depth // WIDTH, add, constant(0.0, (CHUNK,), ROWS))
+    return den if read is None else den * read
+
+
+def weights(plan: Plan, r, at, p):
+    """p of a chunk, of the products <x_i, y_j>; 0 where a row does not see a column."""
+    vector = functools.partial(vector_of, plan, r, at)
+    along, spread = (ROWS, by_row) if plan.role.gain == "rows" else (COLUMNS, by_column)
     if "gain" in plan.names:
         p *= spread(vector("gain", along), CHUNK)
     if "shift" in plan.names:
@@ -473,18 +519,18 @@ def _weights(plan: _Plan, r, at):
     if plan.segments:
         ids = r.segments_s.at[at.slot, at.tile]
         ids = (plgpu.load(ids, layout=ROWS), plgpu.load(ids, layout=COLUMNS))
-        seen &= _rows(ids[0], CHUNK) == _columns(ids[1], CHUNK)
+        seen &= by_row(ids[0], CHUNK) == by_column(ids[1], CHUNK)
     if "row" not in plan.names:
         return jnp.where(seen, p, 0.0)
-    exponent = _rows(vector("row", ROWS), CHUNK) + _columns(vector("column", COLUMNS), CHUNK)
+    exponent = by_row(vector("row", ROWS), CHUNK) + by_column(vector("column", COLUMNS), CHUNK)
     return p * jnp.exp(jnp.where(seen, exponent, -jnp.inf))
 
 
-def _update(plan: _Plan, r, at, S, n, interpret):
+def _update(plan: Plan, r, at, S, n, interpret):
     """S and n after a chunk."""
     y, z = r.y_s.at[at.slot, at.tile], r.z_s.at[at.slot, at.warpgroup]
     summed = y if plan.summed == "y" else z
-    enter = _vector(plan, r, at, "enter", ROWS)
+    enter = vector_of(plan, r, at, "enter", ROWS)
     if "keep" in plan.names:
         keep = r.vectors_s[at.slot, at.tile, plan.names.index("keep"), 0]
         S, n = S * keep, n * keep if plan.sums else n
@@ -493,34 +539,34 @@ def _update(plan: _Plan, r, at, S, n, interpret):
         pairs = (summed.transpose((1, 0)), fill.transpose((1, 0)))
         n = add_matmul(n, pairs, interpret=interpret)
     if enter is not None:
-        entering = plgpu.load(z, layout=LAYOUT).astype(jnp.float32) * _rows(enter, _WIDTH)
+        entering = plgpu.load(z, layout=LAYOUT).astype(jnp.float32) * by_row(enter, WIDTH)
         z = r.enter_s.at[at.warpgroup]
         z[...] = entering.astype(jnp.bfloat16)
         plgpu.commit_smem()
     return add_matmul(S, (y.transpose((1, 0)), z), interpret=interpret), n
 
 
-def _vector(plan: _Plan, r, at, name: str, layout):
+def vector_of(plan: Plan, r, at, name: str, layout):
     """One of the vectors of a chunk, or None where it is one."""
     if name not in plan.names:
         return None
     return plgpu.load(r.vectors_s.at[at.slot, at.tile, plan.names.index(name)], layout=layout)
 
 
-def _store(plan: _Plan, r, unit, warpgroup, rows):
+def _store(plan: Plan, r, warpgroup, rows):
     """Sends what `_compute` has put into shared memory."""
-    b, h, column = _place(plan, unit)
+    b, h, column = _place(plan, warpgroup)
 
-    @pl.when(unit < plan.units)
+    @_when(_mine(plan, warpgroup))
     def _():
-        to = r.out_g.at[b, rows, h, pl.ds(column, _WIDTH)]
+        to = r.out_g.at[b, rows, h, pl.ds(column, WIDTH)]
         plgpu.copy_smem_to_gmem(r.out_s.at[warpgroup], to)
         if plan.role.own:
-            to = r.own_g.at[lax.div(column, jnp.int32(_WIDTH)), b, h, rows]
+            to = r.own_g.at[warpgroup if plan.tiles == 1 else 0, b, h, rows]
             plgpu.copy_smem_to_gmem(r.sum_s.at[warpgroup], to)
 
     if plan.role.divide:
 
-        @pl.when((unit < plan.units) & (column == 0))
+        @_when(_first(plan, warpgroup))
         def _():
             plgpu.copy_smem_to_gmem(r.den_s.at[warpgroup], r.den_g.at[b, h, rows])

@@ -3,6 +3,8 @@
 The reference is the contract of `kernels.fused_linear`, token by token in float64.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ if VERSION < (0, 11, 2):
 
 from jax.experimental.pallas import mosaic_gpu as plgpu  # noqa: E402
 
-from kernels.fused_linear import Ways  # noqa: E402
+from kernels.fused_linear import Projection, Ways  # noqa: E402
 from kernels.pallas_gpu import linear  # noqa: E402
 from tests import support  # noqa: E402
 
@@ -38,10 +40,16 @@ def repeated(x, heads: int):
     return jnp.repeat(x, heads // x.shape[2], axis=2)
 
 
-def reference(q, k, v, S, z, *, ways, normalise):
+def by_head(x, heads: int):
+    return jnp.repeat(x, heads // x.shape[1], axis=1)
+
+
+def reference(q, k, v, S, z, *shifts, ways, normalise, projection=None):
     """out, den and the state: float64 sums over all pairs of a chunk."""
     heads = max(x.shape[2] for x in (q, k, v))
     q, k, v = (repeated(x, heads) for x in (q, k, v))
+    if projection is not None:
+        q, k = (features(x, projection, shift) for x, shift in zip((q, k), shifts, strict=True))
     length, outs, dens = q.shape[1], [], []
     for n in range(length // CHUNK):
         at = slice(n * CHUNK, (n + 1) * CHUNK)
@@ -66,6 +74,22 @@ def reference(q, k, v, S, z, *, ways, normalise):
     return jnp.concatenate(outs, 1), jnp.concatenate(dens, 2), S, z
 
 
+def features(x, projection, shift):
+    """FAVOR+'s, in float64."""
+    logits = jnp.einsum("bthd,rd->bthr", x, jnp.asarray(projection.weight, jnp.float64))
+    offset = projection.half * jnp.sum(x * x, axis=-1) + jnp.moveaxis(shift, 1, 2)
+    return jnp.exp(logits - offset[..., None])
+
+
+def projection_of(q, k, rank: int) -> Projection:
+    dim = q.shape[-1]
+    weight = np.random.default_rng(3).standard_normal((rank, dim)) * dim**-0.25
+    weight, half = jnp.asarray(weight, jnp.float32), 0.5 * dim**-0.5
+    return Projection(
+        weight, half, *(linear.log_scale(x, weight, half, interpret=INTERPRET) for x in (q, k))
+    )
+
+
 def draw(dim: int, length: int, heads=(2, 2, 2), *, positive: bool, seed: int = 0):
     """q, k, v in bfloat16; features are positive where a normaliser divides."""
     random = np.random.default_rng(seed)
@@ -75,18 +99,15 @@ def draw(dim: int, length: int, heads=(2, 2, 2), *, positive: bool, seed: int = 
     return [jnp.asarray(x, jnp.bfloat16) for x in made]
 
 
-def a_state(heads: int, dim: int, seed: int = 5):
+def a_state(heads: int, dim: int, rank: int | None = None, seed: int = 5):
     random = np.random.default_rng(seed)
-    S = random.standard_normal((BATCH, heads, dim, dim))
+    S = random.standard_normal((BATCH, heads, rank or dim, dim))
     z = 3 * np.abs(random.standard_normal(S.shape[:3])) + 1
     return jnp.asarray(3 * S, jnp.float32), jnp.asarray(z, jnp.float32)
 
 
 def wide(*arrays):
-    return [
-        None if a is None else jnp.asarray(np.asarray(a.astype(jnp.float32)), jnp.float64)
-        for a in arrays
-    ]
+    return [jnp.asarray(np.asarray(a.astype(jnp.float32)), jnp.float64) for a in arrays]
 
 
 def near(made, expected, tolerance: float) -> None:
@@ -103,40 +124,42 @@ def near_product(made, x, gradient, tolerance: float) -> None:
     assert np.linalg.norm(off) < tolerance * np.linalg.norm(size)
 
 
-def check(dim, length, *, ways=None, normalise=True, state=None, heads=(2, 2, 2), gradients=True):
+def check(
+    dim,
+    length,
+    *,
+    ways=None,
+    normalise=True,
+    state=None,
+    heads=(2, 2, 2),
+    rank=None,
+    gradients=True,
+):
     """Forward and backward of one case against the reference and its derivatives."""
     H = max(heads)
-    q, k, v = draw(dim, length, heads, positive=normalise)
-    how = {"projection": None, "normalise": normalise, "chunk": CHUNK, "interpret": INTERPRET}
+    q, k, v = draw(dim, length, heads, positive=normalise and rank is None)
+    projection = None if rank is None else projection_of(q, k, rank)
+    how = {"projection": projection, "normalise": normalise, "chunk": CHUNK, "interpret": INTERPRET}
     out, den, last = jax.jit(lambda *a: linear.forward(*a, ways, state=state, **how))(q, k, v)
     rng = np.random.default_rng(7)
     dout = jnp.asarray(rng.standard_normal((BATCH, length, H, dim)), jnp.bfloat16)
     dstate = tuple(jnp.float32(rng.standard_normal(a.shape)) for a in last)
     with jax.enable_x64(True):
-        S, z = a_state(H, dim) if state is None else state
-        S, z = (jnp.asarray(a * (state is not None), jnp.float64) for a in (S, z))
-        exact = (
-            None
-            if ways is None
-            else Ways(*(jnp.asarray(a, jnp.float64) for a in ways[:5]), ways.segments)
+        S, z = (jnp.zeros_like(a) for a in a_state(H, dim, rank)) if state is None else state
+        heads_of = [repeated(x, H) for x in (q, k, v)]
+        given = wide(
+            *heads_of, S, z, *(() if rank is None else (by_head(a, H) for a in projection[2:]))
         )
-        function = lambda *a: reference(*a, ways=exact, normalise=normalise)  # noqa: E731
-        expected, back = jax.vjp(
-            jax.jit(function), *wide(*(repeated(x, H) for x in (q, k, v))), S, z
-        )
-        grads = back(
-            (
-                *wide(dout),
-                jnp.zeros_like(expected[1]),
-                *(jnp.asarray(a, jnp.float64) for a in dstate),
-            )
-        )
+        exact = None if ways is None else Ways(*wide(*ways[:5]), ways.segments)
+        plan = {"ways": exact, "normalise": normalise, "projection": projection}
+        expected, back = jax.vjp(jax.jit(functools.partial(reference, **plan)), *given)
+        grads = back((*wide(dout), jnp.zeros_like(expected[1]), *wide(*dstate)))
         expected, grads = jax.tree.map(np.asarray, (expected, grads))
     near(out, expected[0], 5e-3)
     near(last[0], expected[2], 5e-3)
     if normalise:
         near(den, expected[1], 5e-3)
-        near(last[1], expected[3], 1e-4)
+        near(last[1], expected[3], 1e-4 if rank is None else 5e-3)
     if not gradients:
         return
     inv_den = jnp.float32(1 / expected[1]) if normalise else jnp.ones(expected[1].shape)
@@ -148,7 +171,10 @@ def check(dim, length, *, ways=None, normalise=True, state=None, heads=(2, 2, 2)
         near(made, gradient, 1e-2)
     if normalise:
         near(dz, grads[4], 1e-2)
-    if ways is not None:
+    if rank is not None:  # what a factor of the features gets: shifts are taken out of them
+        near(-k_dk, grads[6], 1e-2)
+        assert np.abs(q_dq).max() < 1e-2 * np.abs(k_dk).max() or not normalise
+    elif ways is not None:
         near_product(q_dq, q, grads[0], 1e-2)
         near_product(k_dk, k, grads[1], 1e-2)
 
@@ -163,3 +189,9 @@ def test_all(dim):
     """Ways, segments, grouped heads and a state before, normalised."""
     ways = factors(2, 192, segments=True)
     check(dim, 192, ways=ways, state=a_state(2, dim), heads=(2, 1, 2))
+
+
+def test_favor():
+    """Features made inside: ways, segments, grouped heads and a state before."""
+    ways = factors(2, 128, segments=True)
+    check(64, 128, ways=ways, state=a_state(2, 64, 128), heads=(2, 1, 2), rank=128)

@@ -1,0 +1,431 @@
+"""The kernel of `stream` with FAVOR+'s features made inside, for Hopper.
+
+    phi(x)_r = exp(<x, w_r> - offset),    offset = half |x|^2 + shift, of each token
+
+The weight [R, 64] stays in shared memory. Either x and y are features (to give values), or z is and
+the result passes through the features' derivative (to give gradients of what features are made of):
+
+    values      p_ij = <phi(x_i), phi(y_j)>, S [R, 64]
+    gradients   p_ij = <x_i, y_j>, S [64, R], and of d_i = sum_j p_ij phi(z_j) + read_i x_i S + ...,
+                t = d_i phi(own_i):   out_i = t W - 2 half own_i sum t,   own: sum t
+
+Each of the two computing warpgroups has half of the features. What rows get is a sum over features,
+so the second hands its part to the first through shared memory (`given`, `taken`), chunk by chunk.
+"""
+
+import dataclasses
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels.pallas_gpu import stream
+from kernels.pallas_gpu.stream import (
+    CHUNK,
+    COMPUTING,
+    FEEDING,
+    FILL,
+    LEAST,
+    MEMORY,
+    PARAMS,
+    WIDTH,
+    WORKERS,
+    Role,
+    by_column,
+    by_row,
+    vector_of,
+    weights,
+)
+from kernels.pallas_gpu.wgmma import (
+    COLUMNS,
+    LAYOUT,
+    ROWS,
+    add_matmul,
+    constant,
+    left,
+    matmul,
+    shared,
+)
+
+
+def favor(
+    role: Role,
+    x: jax.Array | None,
+    y: jax.Array | None,
+    z: jax.Array | None,
+    own: jax.Array | None = None,
+    *,
+    weight: jax.Array,
+    half: float,
+    offsets: dict[str, jax.Array],
+    heads: int,
+    vectors: dict[str, jax.Array | None] | None = None,
+    fill: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    state: tuple[jax.Array, jax.Array] | None = None,
+    interpret: Any,
+) -> SimpleNamespace:
+    """As `stream.stream`, which see, with features of what `offsets` names: [B, H, T] each.
+
+    x, y, z, own: bfloat16 [B, T, G, 64]. weight: [R, 64]. With `own` the result is a gradient.
+    """
+    some = x if x is not None else y
+    given = {name: a for name, a in (vectors or {}).items() if a is not None}
+    given |= {f"offset_{name}": a for name, a in offsets.items()}
+    plan = Plan(
+        role, *some.shape[:2], heads, some.shape[-1], WIDTH, names=tuple(sorted(given)), stages=2,
+        segments=segments is not None, state=state is not None, rank=weight.shape[0], half=half,
+    )  # fmt: skip
+    assert plan.bytes <= MEMORY, plan
+    inputs = {"x": x, "y": y, "z": z, "own": own, "vectors": stream.pack(given, plan)}
+    inputs["fill"] = stream.halves(fill, plan) if "fill" in plan.loads else None
+    inputs["segments"] = segments
+    inputs["S0"], inputs["n0"] = state if state is not None else (None, None)
+    inputs["weight"] = weight.astype(jnp.bfloat16)
+    inputs = {name: a for name, a in inputs.items() if a is not None}
+    outputs = plan.outputs()
+    made = plgpu.kernel(
+        functools.partial(_body, plan, tuple(inputs), tuple(outputs), interpret),
+        out_type=tuple(outputs.values()),
+        grid=(heads, plan.batch),
+        grid_names=("head", "batch"),
+        num_threads=WORKERS + 1,
+        thread_name="warpgroup",
+        scratch_types=plan.scratch(interpret),
+        compiler_params=PARAMS,
+        **({"interpret": interpret} if interpret else {}),
+    )(*inputs.values())
+    made = dict(zip(outputs, made, strict=True))
+    return SimpleNamespace(**{name: made.get(name) for name in ("out", "den", "own", "S", "n")})
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan(stream.Plan):
+    """The sizes of one call."""
+
+    rank: int
+    half: float
+
+    @property
+    def part(self) -> int:
+        """Features of a warpgroup."""
+        return self.rank // WORKERS
+
+    @property
+    def tiles(self) -> int:
+        """Heads of a CTA."""
+        return 1
+
+    @property
+    def gradient(self) -> bool:
+        """Whether the result is a gradient of what features are made of."""
+        return self.role.own
+
+    @property
+    def featured(self) -> str:
+        """Which operand's features enter the state."""
+        return "z" if self.gradient else "y"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """A warpgroup's part of S."""
+        return (WIDTH, self.part) if self.gradient else (self.part, WIDTH)
+
+    @property
+    def loads(self) -> dict[str, tuple[int, tuple[int, ...], Any]]:
+        """What a stage holds, by name: one of each, its shape and dtype."""
+        loads = {name: (1, *what) for name, (_, *what) in super().loads.items()}
+        return loads
+
+    def outputs(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the results by name."""
+        make, f32 = jax.ShapeDtypeStruct, jnp.float32
+        made = super().outputs()
+        if "own" in made:
+            made["own"] = make(made["own"].shape[1:], f32)
+        made.pop("S", None)
+        if self.role.update and not self.gradient:
+            made["S"] = make((self.batch, self.heads, self.rank, WIDTH), f32)
+        if "n" in made:
+            made["n"] = make((self.batch, self.heads, self.rank), f32)
+        return made
+
+    @property
+    def own(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Shared memory that is a warpgroup's own: shape and dtype by name."""
+        role, bfloat16, f32 = self.role, jnp.bfloat16, jnp.float32
+        own: dict[str, tuple[tuple[int, ...], Any]] = {"weight": ((self.part, WIDTH), bfloat16)}
+        if role.out:
+            own["S"] = (self.shape, bfloat16)
+        if role.within or role.update:
+            own["phi"] = ((CHUNK, self.part), bfloat16)
+        if "enter" in self.names and role.update:
+            own["enter"] = ((CHUNK, WIDTH), bfloat16)
+        if self.sums and role.out:
+            own["n"] = ((self.part,), f32)
+        return own
+
+    @property
+    def bytes(self) -> int:
+        """Shared memory of a CTA, with what the two warpgroups pass on."""
+        return super().bytes + CHUNK * (WIDTH * (4 + 2) + 4 * 4)
+
+    def scratch(self, interpret) -> dict[str, Any]:
+        """Shared memory and barriers by name."""
+        made = super().scratch(None)
+        if self.role.out:
+            made["part_s"] = shared((CHUNK, WIDTH), jnp.float32)
+            made["sums_s"] = plgpu.SMEM((CHUNK,), jnp.float32)
+            made["out_s"] = shared((CHUNK, WIDTH), jnp.bfloat16)
+            made["total_s"] = plgpu.SMEM((CHUNK,), jnp.float32)
+            made["given"], made["taken"] = plgpu.Barrier(), plgpu.Barrier()
+        if interpret:
+            made["spare_s"] = shared((WORKERS, CHUNK, CHUNK), jnp.bfloat16)
+            made["spare_phi_s"] = shared((WORKERS, CHUNK, self.part), jnp.bfloat16)
+        made["ready"] = plgpu.Barrier(num_arrivals=WORKERS)
+        return made
+
+
+def _body(plan: Plan, inputs, outputs, interpret, *refs, **scratch):
+    """What each of the three warpgroups does."""
+    r = SimpleNamespace(**dict(zip((*inputs, *(f"{o}_g" for o in outputs)), refs, strict=True)))
+    r.__dict__.update(scratch)
+    warpgroup = lax.axis_index("warpgroup")
+
+    for index in range(WORKERS):
+
+        @pl.when(warpgroup == index)
+        def _(index=index):
+            plgpu.set_max_registers(COMPUTING, action="increase")
+            _compute(plan, r, index, interpret)
+
+    @pl.when(warpgroup == WORKERS)
+    def _():
+        plgpu.set_max_registers(FEEDING, action="decrease")
+        for index in range(WORKERS):
+            part = r.weight.at[pl.ds(index * plan.part, plan.part)]
+            plgpu.copy_gmem_to_smem(part, r.weight_s.at[index], r.ready)
+        stream.feed(plan, r, interpret)
+
+
+def _compute(plan: Plan, r, warpgroup: int, interpret):
+    """A computing warpgroup: a head and half of the features, chunk after chunk."""
+    role = plan.role
+    b, h = lax.axis_index("batch"), lax.axis_index("head")
+    features = pl.ds(warpgroup * plan.part, plan.part)
+    S_at = (b, h, slice(None), features) if plan.gradient else (b, h, features)
+    read = _gradient if plan.gradient else _values
+
+    def publish(S, n):
+        """S in bfloat16, and n, where products and rows read them."""
+        if role.out:
+            r.S_s.at[warpgroup][...] = S.astype(jnp.bfloat16)
+        if role.out and plan.sums:
+            r.n_s.at[warpgroup][...] = n.sum(axis=1)
+        plgpu.commit_smem()
+
+    def step(count, carry):
+        S, n = carry
+        slot = lax.rem(count, jnp.int32(plan.stages))
+        plgpu.barrier_wait(r.full.at[slot])
+        at = SimpleNamespace(slot=slot, tile=0, warpgroup=warpgroup)
+        if role.within or role.update:
+            r.phi_s.at[warpgroup][...] = _features(plan, r, at, plan.featured).astype(jnp.bfloat16)
+            plgpu.commit_smem()
+        if role.out:
+            part, sums = read(plan, r, at, interpret)
+            rows = pl.ds(stream.chunk_of(plan, count) * CHUNK, CHUNK)
+            _join(plan, r, warpgroup, count, part, sums, (b, h, rows))
+        if role.update:
+            S, n = _update(plan, r, at, S, n, interpret)
+        plgpu.barrier_arrive(r.empty.at[slot])
+        if role.update:
+            publish(S, n)
+        return S, n
+
+    S, n = constant(0.0, plan.shape), constant(0.0, (plan.part, FILL)) if plan.sums else ()
+    if plan.state:
+        S = plgpu.load(r.S0.at[S_at], layout=LAYOUT, optimized=False)
+    if plan.state and plan.sums:
+        n = plgpu.load(r.n0.at[b, h, features], layout=ROWS, optimized=False)
+        n = by_row(n * (1 / FILL), FILL)
+    publish(S, n)
+    plgpu.barrier_wait(r.ready)
+    S, n = lax.fori_loop(0, plan.chunks, step, (S, n))
+
+    if role.out and warpgroup == 0:
+        plgpu.wait_smem_to_gmem(0)
+    if role.out and warpgroup == 1 and interpret:  # as in `stream.feed`
+        plgpu.barrier_wait(r.taken)
+    if role.update and not plan.gradient:
+        r.S_g.at[S_at][...] = S
+    if role.update and plan.sums:
+        r.n_g.at[b, h, features][...] = n.sum(axis=1)
+
+
+def _features(plan: Plan, r, at, name: str):
+    """phi of a chunk of x, y, z or own: this warpgroup's half, float32."""
+    x = getattr(r, f"{name}_s").at[at.slot, at.tile]
+    weight = r.weight_s.at[at.warpgroup]
+    logits = matmul((CHUNK, plan.part), (x, weight.transpose((1, 0))))
+    offset = vector_of(plan, r, at, f"offset_{name}", ROWS)
+    return jnp.exp(logits - by_row(offset, plan.part))
+
+
+def _spare(r, at, name: str, interpret):
+    return getattr(r, name).at[at.warpgroup] if interpret else None
+
+
+def _values(plan: Plan, r, at, interpret):
+    """This half's part of a chunk's sums [C, 64] and, where it divides, of their normaliser."""
+    role, read = plan.role, vector_of(plan, r, at, "read", ROWS)
+    phi = _features(plan, r, at, "x").astype(jnp.bfloat16)
+    den = None
+    if role.divide:
+        n = by_column(plgpu.load(r.n_s.at[at.warpgroup], layout=COLUMNS), CHUNK)
+        den = (phi.astype(jnp.float32) * n).sum(axis=1)
+        den = den if read is None else den * read
+    phi = left(phi, _spare(r, at, "spare_phi_s", interpret))
+    inner = []
+    if role.within:
+        products = matmul((CHUNK, CHUNK), (phi, r.phi_s.at[at.warpgroup].transpose((1, 0))))
+        p = weights(plan, r, at, products)
+        den = den + p.sum(axis=1) if role.divide else None
+        p = left(p.astype(jnp.bfloat16), _spare(r, at, "spare_s", interpret))
+        inner = [(p, r.z_s.at[at.slot, at.tile])]
+    out = matmul((CHUNK, WIDTH), (phi, r.S_s.at[at.warpgroup]))
+    out = out if read is None else out * by_row(read, WIDTH)
+    return add_matmul(out, *inner, interpret=interpret) if inner else out, den
+
+
+def _gradient(plan: Plan, r, at, interpret):
+    """This half's part of a chunk's gradient [C, 64], and the sum of its t."""
+    role, vector = plan.role, functools.partial(vector_of, plan, r, at)
+    x, shape = r.x_s.at[at.slot, at.tile], (CHUNK, plan.part)
+    d, read = matmul(shape, (x, r.S_s.at[at.warpgroup])), vector("read", ROWS)
+    d = d if read is None else d * by_row(read, plan.part)
+    if role.lift:
+        n = by_column(plgpu.load(r.n_s.at[at.warpgroup], layout=COLUMNS), CHUNK)
+        lift = vector("lift", ROWS)
+        d += n if lift is None else n * by_row(lift, plan.part)
+    if role.within:
+        y = r.y_s.at[at.slot, at.tile]
+        p = weights(plan, r, at, matmul((CHUNK, CHUNK), (x, y.transpose((1, 0)))))
+        p = left(p.astype(jnp.bfloat16), _spare(r, at, "spare_s", interpret))
+        d = add_matmul(d, (p, r.phi_s.at[at.warpgroup]), interpret=interpret)
+    t = d * _features(plan, r, at, "own")
+    total = t.sum(axis=1)
+    t = left(t.astype(jnp.bfloat16), _spare(r, at, "spare_phi_s", interpret))
+    out = matmul((CHUNK, WIDTH), (t, r.weight_s.at[at.warpgroup]))
+    own = plgpu.load(r.own_s.at[at.slot, at.tile], layout=LAYOUT).astype(jnp.float32)
+    return out - own * by_row(total * (2 * plan.half), WIDTH), total
+
+
+def _update(plan: Plan, r, at, S, n, interpret):
+    """S and n after a chunk."""
+    other = r.y_s if plan.gradient else r.z_s
+    other, phi = other.at[at.slot, at.tile], r.phi_s.at[at.warpgroup]
+    enter = vector_of(plan, r, at, "enter", ROWS)
+    if "keep" in plan.names:
+        keep = r.vectors_s[at.slot, at.tile, plan.names.index("keep"), 0]
+        S, n = S * keep, n * keep if plan.sums else n
+    if plan.sums:
+        pairs = phi.transpose((1, 0)), r.fill_s.at[at.slot, at.tile].transpose((1, 0))
+        n = add_matmul(n, pairs, interpret=interpret)
+    if enter is not None:
+        entering = plgpu.load(other, layout=LAYOUT).astype(jnp.float32) * by_row(enter, WIDTH)
+        other = r.enter_s.at[at.warpgroup]
+        other[...] = entering.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+    a, b = (other, phi) if plan.gradient else (phi, other)
+    return add_matmul(S, (a.transpose((1, 0)), b), interpret=interpret), n
+
+
+def _join(plan: Plan, r, warpgroup: int, count, part, sums, place):
+    """The second warpgroup hands over its part of a chunk; the first adds, divides, stores."""
+    if warpgroup == 1:
+
+        @pl.when(count > 0)
+        def _():
+            plgpu.barrier_wait(r.taken)
+
+        r.part_s[...] = part
+        if sums is not None:
+            r.sums_s[...] = sums
+        plgpu.barrier_arrive(r.given)
+        return
+    plgpu.barrier_wait(r.given)
+    out = part + plgpu.load(r.part_s, layout=LAYOUT)
+    if sums is not None:
+        sums += plgpu.load(r.sums_s, layout=ROWS)
+    plgpu.barrier_arrive(r.taken)
+    if plan.role.divide:
+        dead = jnp.abs(sums) <= LEAST  # NaN is alive
+        out *= by_row(jnp.where(dead, 0.0, 1 / jnp.where(dead, 1.0, sums)), WIDTH)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was last made has left
+    r.out_s[...] = out.astype(jnp.bfloat16)
+    if sums is not None:
+        r.total_s[...] = sums
+    plgpu.commit_smem()
+    b, h, rows = place
+    plgpu.copy_smem_to_gmem(r.out_s, r.out_g.at[b, rows, h])
+    if sums is not None:
+        to = r.den_g if plan.role.divide else r.own_g
+        plgpu.copy_smem_to_gmem(r.total_s, to.at[b, h, rows])
+
+
+def log_scale(x: jax.Array, weight: jax.Array, half: float, *, interpret: Any) -> jax.Array:
+    """max_r <x, w_r> - half |x|^2 of x [B, S, H, D], float32 [B, H, S]; weight is [R, D]."""
+    batch, length, heads, depth = x.shape
+    rank, chunks = weight.shape[0], length // CHUNK
+    several = next(n for n in (8, 4, 2, 1) if chunks % n == 0)
+
+    def body(x, weight, out, x_s, weight_s, out_s, come, ready):
+        b, h = lax.axis_index("batch"), lax.axis_index("head")
+        plgpu.copy_gmem_to_smem(weight, weight_s, ready)
+
+        def step(count, _):
+            rows = pl.ds((lax.axis_index("chunks") * several + count) * CHUNK, CHUNK)
+            plgpu.copy_gmem_to_smem(x.at[b, rows, h], x_s, come)
+            plgpu.barrier_wait(come)
+
+            @pl.when(count == 0)
+            def _():
+                plgpu.barrier_wait(ready)
+
+            most = None
+            for first in range(0, rank, 128):
+                some = weight_s.at[pl.ds(first, min(128, rank - first))]
+                logits = matmul((CHUNK, some.shape[0]), (x_s, some.transpose((1, 0))))
+                most = logits.max(axis=1) if most is None else jnp.maximum(most, logits.max(axis=1))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            out_s[...] = most
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_s, out.at[b, h, rows])
+            return ()
+
+        lax.fori_loop(0, several, step, ())
+        plgpu.wait_smem_to_gmem(0)
+
+    scratch = [shared((CHUNK, depth), jnp.bfloat16), shared((rank, depth), jnp.bfloat16)]
+    scratch += [plgpu.SMEM((CHUNK,), jnp.float32), plgpu.Barrier(), plgpu.Barrier()]
+    most = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+        grid=(chunks // several, heads, batch),
+        grid_names=("chunks", "head", "batch"),
+        scratch_types=scratch,
+        compiler_params=PARAMS,
+        **({"interpret": interpret} if interpret else {}),
+    )(x, weight.astype(jnp.bfloat16))
+    return most - half_square(x, half)
+
+
+def half_square(x: jax.Array, half: float) -> jax.Array:
+    """half |x|^2 of x [B, S, H, D], float32 [B, H, S]."""
+    return half * jnp.einsum("bshd,bshd->bhs", x, x, preferred_element_type=jnp.float32)
