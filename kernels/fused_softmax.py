@@ -219,17 +219,17 @@ def _module(chip: str):
 def _padded(q, k, v, *, mask: Mask, scale: float, tiles: Tiles | None, resident: bool, **shape):
     """(out, lse) of the padded problem, cut to size. Keys that padding adds are hidden."""
     chip, interpret = target()
-    tiles = tiles or _module(chip).tiles(q, k, resident=resident, **shape)
+    sizes: Tiles = tiles or _module(chip).tiles(q, k, resident=resident, **shape)
     queries, count = q.shape[1], k.shape[1]
-    both = math.lcm(*tiles) if queries == count else 0
-    more_q, more_k = -queries % (both or tiles.q), -count % (both or tiles.k)
+    both = math.lcm(*sizes) if queries == count else 0
+    more_q, more_k = -queries % (both or sizes.q), -count % (both or sizes.k)
     hidden = mask.keys
     if more_k and hidden is None and not shape["causal"]:  # a later key is hidden as it is
         hidden = jnp.ones(k.shape[:2], bool)
     segments = None if mask.segments is None else mask.segments.astype(jnp.int32)
     q, segments = _fill((q, segments), more_q)
     k, v, hidden = _fill((k, v, hidden), more_k)
-    how = _How(chip, interpret, float(scale), tiles=tiles, **shape)
+    how = _How(chip, interpret, float(scale), tiles=sizes, **shape)
     out, lse = _attend(how, q, k, v, segments, hidden)
     return out[:, :queries], lse[:, :, :queries]
 
@@ -244,7 +244,7 @@ def _fill(tree, more: int):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(how: _How, q, k, v, segments, keys):
+def _attend(how: _How, q, k, v, segments, keys) -> tuple[Array, Array]:
     module, options = _split(how)
     return module.forward(q, k, v, segments=segments, keys=keys, **options)
 

@@ -82,7 +82,6 @@ COVER = [
     (7, "none", 2, 1, 32),
     (63, "padding", 4, 2, 128),
     (63, "segments", 3, 3, 64),
-    (63, "causal", 4, 2, 64),
     (100, "all", 4, 4, 32),
 ]
 EVERY = list(itertools.product((1, 7, 63, 100, 257), MASKS, (4,), (4, 2, 1), (32, 64, 128)))
@@ -102,8 +101,8 @@ def test_softmax_is_the_references(length, mask, heads, groups, dim):
     [
         (63, "all", 2, 2, 64, (0, 0)),
         (63, "none", 4, 2, 128, (3, 2)),
-        (100, "padding", 4, 2, 64, (16, 0)),
-        (63, "segments", 2, 2, 32, (1000, 5)),
+        (63, "padding", 4, 2, 64, (16, 0)),
+        slow(63, "segments", 2, 2, 32, (1000, 5)),
     ]
     + [slow(*case, sides) for case, sides in itertools.product(EVERY, WINDOWS)],
 )
@@ -132,20 +131,20 @@ def test_a_causal_row_of_keys_that_are_all_on_chip():
 
 
 def test_more_query_heads_than_meet_a_block_of_keys_at_once(monkeypatch):
-    from kernels.pallas_tpu import softmax as module
+    from kernels.pallas_tpu import softmax_plan as module
 
-    monkeypatch.setattr(module, "HEADS", 2)
+    monkeypatch.setattr(module, "REPEATS", 2)
     given = qkv(23, heads=12, groups=2, dim=64, batch=4)  # pairs of groups, 6 heads in parts of 1
     agree(both(window, expected_window, given, mask_of("all", 23), left=9, right=0))
 
 
-@pytest.mark.parametrize("sides", [(5, 3), (11, 0), None])
+@pytest.mark.parametrize("sides", [(11, 0), slow((5, 3)), slow(None)])
 def test_tiles_go_in_pieces(monkeypatch, sides):
-    from kernels.pallas_tpu import softmax as module
+    from kernels.pallas_tpu import softmax_plan as module
 
     monkeypatch.setattr(module, "PIECE", 8)
-    given, mask = qkv(63), mask_of("none", 63)
-    how = {"op_options": {"tiles": Tiles(16, 32)}}
+    given, mask = qkv(40), mask_of("none", 40)
+    how = {"op_options": {"tiles": Tiles(16, 16)}}
     if sides is None:
         agree(both(softmax, reference.softmax_attention, given, mask, **how))
     else:
@@ -158,7 +157,7 @@ def test_tiles_go_in_pieces(monkeypatch, sides):
     [
         (softmax, reference.softmax_attention, {}),
         slow(window, expected_window, {"left": 16, "right": 3}),
-        (linformer, reference.softmax_attention, {"op_options": {"tiles": Tiles(16, 63)}}),
+        slow(linformer, reference.softmax_attention, {"op_options": {"tiles": Tiles(16, 63)}}),
     ],
 )
 def test_bfloat16(op, expected, how):
@@ -245,7 +244,7 @@ def loss(q, k, v, keys, segments):
 
 @functools.cache
 def problem():
-    q, k, v = map(jnp.asarray, qkv(23, dim=32, heads=4).values())
+    q, k, v = map(jnp.asarray, qkv(23, dim=32).values())
     keys, segments = support.ragged_keys(23), support.ragged_segments(23)
     given = q, k, v, jnp.asarray(keys), jnp.asarray(segments)
     return given, graded(loss)(*given)

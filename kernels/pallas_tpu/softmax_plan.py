@@ -1,0 +1,330 @@
+"""What blocks TPU's softmax attention goes by: of positions, and of heads in the lanes of memory.
+
+[B,T,H,D] is read as [B,T,H*D]. Where D is less than the 128 lanes of a register, `pack` key-value
+heads stand side by side in as many lanes as a register has.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.fused_softmax import RESIDENT, Tiles, Window
+
+LANES = 128
+LARGEST = 1024
+"""Queries in a block, at most."""
+PIECE = 512
+"""Keys, or in the gradient of keys queries, of a block that are taken at once: while one piece is
+exponentiated, the next is multiplied."""
+GRADIENT = 1024
+"""Queries and keys of a block in the backward pass, at most."""
+ROWS = 512
+"""Queries taken at once where all keys are on chip."""
+LOGITS = 1 << 20
+"""Logits of a block, over its heads."""
+REPEATS = 8
+"""Query heads that meet a key-value head in one block, at most."""
+HIDDEN = np.iinfo(np.int32).min
+"""The segment of a key that is padding."""
+
+
+class Sides(NamedTuple):
+    """A piece of a block: the first of its queries and how many, and of its keys."""
+
+    query: int
+    queries: int
+    key: int
+    keys: int
+
+
+class Head(NamedTuple):
+    """A query head of a block.
+
+    index: among these. q, k: lanes of the blocks of queries and of keys that hold it and the heads
+    beside it. place: which of these it is. last: whether no other one follows.
+    """
+
+    index: int
+    q: slice
+    k: slice
+    place: int
+    last: bool
+
+
+class Heads(NamedTuple):
+    """How heads are laid out.
+
+    width: lanes of a head. pack: key-value heads beside each other. sets: of such packs in a block
+    of keys. repeats: query heads of each key-value head in a block of queries; parts: such blocks
+    of queries to a block of keys.
+    """
+
+    width: int
+    pack: int
+    sets: int
+    repeats: int
+    parts: int
+
+    @property
+    def lanes(self) -> int:
+        """Lanes of a pack."""
+        return self.pack * self.width
+
+    @property
+    def key_lanes(self) -> int:
+        """Lanes of a block of keys."""
+        return self.sets * self.lanes
+
+    @property
+    def query_lanes(self) -> int:
+        """Lanes of a block of queries."""
+        return self.sets * self.repeats * self.lanes
+
+    @property
+    def count(self) -> int:
+        """Query heads in a block."""
+        return self.sets * self.repeats * self.pack
+
+    @property
+    def members(self) -> list[Head]:
+        """The query heads of a block."""
+        heads = []
+        for index in range(self.count):
+            pair, place = divmod(index, self.pack)
+            q, k = pair * self.lanes, pair // self.repeats * self.lanes
+            q, k = (slice(at, at + self.lanes) for at in (q, k))
+            heads.append(Head(index, q, k, place, place == self.pack - 1))
+        return heads
+
+
+class Plan(NamedTuple):
+    """What a kernel knows when it is traced.
+
+    blocks: how many there are of queries and of keys. left, right: the window, None where it has no
+    such end. masked: there are segments or hidden keys. own: queries have segments of their own.
+    """
+
+    tiles: Tiles
+    blocks: tuple[int, int]
+    heads: Heads
+    scale: float
+    left: int | None
+    right: int | None
+    masked: bool
+    own: bool
+    interpret: Any
+
+    @property
+    def windowed(self) -> bool:
+        """Whether positions have a say in what is seen."""
+        return self.left is not None or self.right is not None
+
+    def keys_of(self, i):
+        """First and last block of keys that the block i of queries sees."""
+        (block_q, block_k), (_, count) = self.tiles, self.blocks
+        first, last = 0, count - 1
+        if self.left is not None:
+            first = _floor(i * block_q - self.left, block_k)
+        if self.right is not None:
+            last = _least(last, _floor(i * block_q + block_q - 1 + self.right, block_k))
+        return first, last
+
+    def queries_of(self, j):
+        """First and last block of queries that see the block j of keys."""
+        (block_q, block_k), (count, _) = self.tiles, self.blocks
+        first, last = 0, count - 1
+        if self.right is not None:
+            first = _floor(j * block_k - self.right, block_q)
+        if self.left is not None:
+            last = _least(last, _floor(j * block_k + block_k - 1 + self.left, block_q))
+        return first, last
+
+    def steps(self, *, across: bool = False) -> int:
+        """Blocks of keys that a block of queries sees, at most; `across`, the other way round."""
+        ends, blocks = (self.queries_of if across else self.keys_of), self.blocks[across]
+        return max(last - first + 1 for first, last in map(ends, range(blocks)))
+
+    @property
+    def all(self) -> Sides:
+        """A block in one piece."""
+        return Sides(0, self.tiles.q, 0, self.tiles.k)
+
+    def pieces(self, *, across: bool = False, most: int | None = None) -> list[Sides]:
+        """The pieces of a block: of keys or, `across`, of queries."""
+        size = self.tiles[not across]
+        piece = _part(size, most or PIECE)
+        if across:
+            return [self.all._replace(query=at, queries=piece) for at in range(0, size, piece)]
+        return [self.all._replace(key=at, keys=piece) for at in range(0, size, piece)]
+
+    def ahead(self, i, j, sides: Sides):
+        """Least and largest t - s in that piece of blocks i and j."""
+        apart = i * self.tiles.q + sides.query - j * self.tiles.k - sides.key
+        return apart - (sides.keys - 1), apart + sides.queries - 1
+
+    def whole(self, i, j):
+        """Whether every query of block i sees every key of block j, as far as the window goes."""
+        least, most = self.ahead(i, j, self.all)
+        return self.within(most, least)
+
+    def some(self, i, j, sides: Sides):
+        """Whether the window shows any of the keys of that piece to any of its queries."""
+        return self.within(*self.ahead(i, j, sides))
+
+    def within(self, before, after):
+        """Whether t - s is `before` the window's left end and `after` its right end."""
+        return both(
+            None if self.left is None else before <= self.left,
+            None if self.right is None else after >= -self.right,
+        )
+
+    def smaller(self) -> "Plan":
+        """With the blocks of the backward pass, which divide the others."""
+        tiles = Tiles(*(_part(size, GRADIENT) for size in self.tiles))
+        pairs = zip(self.blocks, self.tiles, tiles, strict=True)
+        count_q, count_k = (count * (size // part) for count, size, part in pairs)
+        return self._replace(tiles=tiles, blocks=(count_q, count_k))
+
+
+def plan(q, k, *, scale, causal, window: Window, segments, keys, tiles: Tiles, interpret) -> Plan:
+    """The plan of a call; see `kernels.fused_softmax` for its arguments."""
+    left, right = window or (None, None)
+    return Plan(
+        tiles=tiles, blocks=(q.shape[1] // tiles.q, k.shape[1] // tiles.k),
+        heads=_heads(q, k, tiles), scale=scale, left=left, right=0 if causal else right,
+        masked=segments is not None or keys is not None, own=segments is not None,
+        interpret=interpret,
+    )  # fmt: skip
+
+
+def tiles(q, k, *, causal: bool, window: Window, resident: bool) -> Tiles:
+    """Queries and keys in a block."""
+    queries, keys = q.shape[1], k.shape[1]
+    if resident and keys <= RESIDENT:
+        return Tiles(_even(queries, LARGEST), _even(keys, RESIDENT))
+    if window is not None:
+        size = _even(queries, max(256, min(LARGEST, -(-max(window) // 256) * 256)))
+        return Tiles(size, size)
+    if queries == keys:
+        size = _even(queries, LARGEST)
+        return Tiles(size, size * (2 if -(-queries // size) % 2 == 0 and not causal else 1))
+    return Tiles(_even(queries, LARGEST), _even(keys, 2 * LARGEST))
+
+
+def _even(length: int, most: int) -> int:
+    """The size of as few blocks as can be, of up to `most`, that fill up `length` with little."""
+    count = -(-length // most)
+    for unit in (512, 256, LANES):
+        size = -(-length // (count * unit)) * unit
+        if size <= most and 8 * count * size <= 9 * max(length, LANES):
+            return size
+    return -(-length // (count * LANES)) * LANES
+
+
+def _part(size: int, most: int) -> int:
+    """The largest part of `size` that divides it, up to `most`; whole lanes if `size` is."""
+    unit = LANES if size % LANES == 0 else 1
+    return next(n for n in range(min(size, most) // unit * unit, 0, -unit) if size % n == 0)
+
+
+def _heads(q, k, tiles: Tiles) -> Heads:
+    groups, dim = k.shape[2:]
+    repeat = q.shape[2] // groups
+    width = -(-dim // LANES) * LANES if dim > LANES else max(8, 1 << (dim - 1).bit_length())
+    pack = min(max(1, LANES // width), groups)
+    repeats = _divisor(repeat, max(1, REPEATS // pack))
+    room = LOGITS // (math.prod(tiles) * repeats * pack)
+    sets = _divisor(-(-groups // pack), max(1, room)) if repeats == repeat else 1
+    return Heads(width, pack, sets, repeats, repeat // repeats)
+
+
+def _divisor(n: int, most: int) -> int:
+    return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
+
+
+def _floor(x, size: int):
+    """max(x, 0) // size, of numbers and of traced numbers."""
+    return max(x, 0) // size if isinstance(x, int) else jax.lax.div(jnp.maximum(x, 0), size)
+
+
+def _least(a, b):
+    """The lesser of numbers and traced numbers."""
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else jnp.minimum(a, b)
+
+
+def both(a, b):
+    """a & b, where None says nothing."""
+    return b if a is None else a if b is None else a & b
+
+
+# ------------------------------------------------------------------- arrays as they are laid out
+
+
+def to_queries(heads: Heads, x):
+    """x [B,T,H,D] as [B,T,lanes]: the query heads of a pack beside each other, repeat by repeat."""
+    batch, length, count, dim = x.shape
+    repeat = heads.repeats * heads.parts
+    x = _fit(heads, x.reshape(batch, length, count // repeat, repeat, dim))
+    if heads.pack > 1 and repeat > 1:
+        x = x.reshape(batch, length, -1, heads.pack, repeat, heads.width).swapaxes(3, 4)
+    return x.reshape(batch, length, -1)
+
+
+def from_queries(heads: Heads, x, like):
+    """The way back to the shape of `like`."""
+    batch, length, count, dim = like.shape
+    repeat = heads.repeats * heads.parts
+    if heads.pack > 1 and repeat > 1:
+        x = x.reshape(batch, length, -1, repeat, heads.pack, heads.width).swapaxes(3, 4)
+    x = x.reshape(batch, length, -1, repeat, heads.width)
+    return x[:, :, : count // repeat, :, :dim].reshape(like.shape)
+
+
+def to_keys(heads: Heads, x):
+    """x [B,S,G,D] as [B,S,lanes]."""
+    return _fit(heads, x[:, :, :, None]).reshape(*x.shape[:2], -1)
+
+
+def from_keys(heads: Heads, x, like):
+    """The way back to the shape of `like`."""
+    batch, length, groups, dim = like.shape
+    return x.reshape(batch, length, -1, heads.width)[:, :, :groups, :dim]
+
+
+def to_rows(heads: Heads, x):
+    """x [B,H,T] as [B, blocks of query heads, heads of a block, T]."""
+    batch, count, length = x.shape
+    repeat = heads.repeats * heads.parts
+    x = x.reshape(batch, count // repeat, repeat, length)
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % heads.pack), (0, 0), (0, 0)])
+    x = x.reshape(batch, -1, heads.pack, repeat, length).swapaxes(2, 3)
+    return x.reshape(batch, -1, heads.count, length)
+
+
+def from_rows(heads: Heads, x, like):
+    """The way back, to [B,H,T] of `like` [B,T,H,D]."""
+    batch, length, count = like.shape[:3]
+    x = x.reshape(batch, -1, heads.repeats * heads.parts, heads.pack, length).swapaxes(2, 3)
+    return x.reshape(batch, -1, length)[:, :count]
+
+
+def _fit(heads: Heads, x):
+    """x [B,T,G,n,D] with whole packs of heads and all lanes."""
+    more = -x.shape[2] % heads.pack, heads.width - x.shape[-1]
+    return jnp.pad(x, [(0, 0), (0, 0), (0, more[0]), (0, 0), (0, more[1])]) if any(more) else x
+
+
+def numbers(segments, keys, k):
+    """int32 [B,1,T] of the queries, if there are segments, and [B,1,S] of the keys, if any hides.
+
+    A query sees the keys of its own number, 0 where there are no segments.
+    """
+    if segments is None and keys is None:
+        return ()
+    of_keys = jnp.zeros(k.shape[:2], jnp.int32) if segments is None else segments
+    if keys is not None:
+        of_keys = jnp.where(keys, of_keys, HIDDEN)
+    return tuple(x[:, None] for x in (segments, of_keys) if x is not None)
