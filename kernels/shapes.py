@@ -121,7 +121,11 @@ def gradient(case: Case, backend: Backend = "auto") -> Callable[..., tuple[jax.A
 
     Gradients are those of q, k, v and the decay.
     """
-    call = function(case, backend)
+    return differentiated(case, function(case, backend))
+
+
+def differentiated(case: Case, call: Callable[..., Any]) -> Callable[..., tuple[jax.Array, ...]]:
+    """`gradient` of another function of the same arrays."""
     wanted = [i for i, n in enumerate(arguments(case)) if n in ("q", "k", "v", "log_decay")]
 
     def both(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -245,6 +249,7 @@ MEASURED = (
         *((16384 // t, t, 16, 128) for t in (512, 2048, 8192, 16384)), causal=True,
     ),
     *_cases("softmax_attention", *LRA),
+    *_cases("softmax_attention", *LONG[2:9:2]),
 )  # fmt: skip
 """What `kernels.bench` times, the first ones first."""
 
