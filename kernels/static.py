@@ -23,7 +23,6 @@ holds beside its arguments and results. The bound is `shapes.traffic` over the c
 import argparse
 import importlib.util
 import json
-import math
 import os
 import re
 import subprocess
@@ -36,6 +35,7 @@ from typing import Any, NamedTuple
 import jax
 
 from kernels import shapes, target
+from kernels.compiler_reports import Report, gpu_figures, tpu_figures
 from kernels.shapes import Case, Pass
 
 HERE = Path(__file__).parent
@@ -44,9 +44,6 @@ LEEWAY = {"cycles": 1.02, "issued": 1.02, "outside": 1.02}
 """How far above its budget a figure may be, as a factor; other figures not at all."""
 DUMPS_ABORT = "AnalyzeBundles", "Static LLO profiling", "DumpStaticLloProfile"
 """libtpu's estimator aborts the process on some kernels that compile well."""
-Figures = dict[str, Any]
-Report = dict[str, Figures]
-"""Figures of each kernel by its name; "" is the whole program."""
 
 
 class Chip(NamedTuple):
@@ -81,95 +78,6 @@ def missing(chip: Chip) -> str | None:
     if not absent:
         return None
     return f"no compiler for {chip.family}: {', '.join(absent)} not installed; {remedy}"
-
-
-def read_ptxas(text: str) -> Figures:
-    """Registers, spilled bytes and warnings out of what ptxas says about one kernel."""
-    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
-    registers = re.search(r"Used (\d+) registers", text)
-    if spilled is None or registers is None:
-        raise ValueError(f"this is not ptxas's report: {text[:200]!r}")
-    return {
-        "registers": int(registers[1]),
-        "spill": int(spilled[1]) + int(spilled[2]),
-        "warnings": sorted(set(re.findall(r"\((C\d+)\)", text))),
-    }
-
-
-def read_sass(text: str) -> Figures:
-    """Tensor core instructions, and loads and stores of local memory, out of a disassembly."""
-    count = lambda pattern: len(re.findall(pattern, text))  # noqa: E731
-    return {"hgmma": count(r"\bHGMMA\b"), "local": count(r"\b(?:LDL|STL)\b")}
-
-
-def read_profile(text: str) -> dict[str, int]:
-    """Estimated cycles by the name of the HLO instruction."""
-    found = re.findall(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)', text)
-    return {name: int(cycles) for name, cycles in found}
-
-
-def read_bundles(text: str) -> Figures:
-    """Cycles in which a kernel issues VLIW bundles, every loop by its number of turns.
-
-    endless: loops whose number of turns the listing does not say, counted once.
-    """
-    turns: list[int | None] = []
-    inside: list[int] = []
-    within: list[tuple[int, ...]] = []  # the loops around each bundle
-    bundle = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?:?\s*:?\s*(>*)(.*)$", re.M)
-    for label, deep, rest in bundle.findall(text):
-        del inside[len(deep) - (label == "LB") :]
-        while len(inside) < len(deep):
-            inside.append(len(turns))
-            turns.append(None if label == "LB" else 1)  # a region that is no loop
-        within.append(tuple(inside))
-        test = re.search(r"scmp\.\S+ %\S+, (\d+) /\* loop exit test", rest)
-        if test and inside:
-            turns[inside[-1]] = int(test[1])
-    issued = sum(math.prod(turns[loop] or 1 for loop in around) for around in within)
-    return {"issued": issued, "endless": sum(t is None for t in turns)}
-
-
-def read_calls(hlo: str) -> dict[str, int]:
-    """Bytes of VMEM of each Pallas call by its name in the compiled HLO."""
-    found = {}
-    for line in hlo.splitlines():
-        call = re.match(r"\s*(?:ROOT )?%?(\S+) = .*custom_call_target=\"tpu_custom_call\"", line)
-        if call:
-            used = re.search(r'"used_scoped_memory_configs":\[(.*?)\]', line)
-            sizes = re.findall(r'"memory_space":"1"[^}]*"size":"(\d+)"', used[1]) if used else []
-            found[call[1]] = sum(map(int, sizes))
-    return found
-
-
-def _gpu_figures(folder: Path) -> Report:
-    report = {}
-    for file in sorted(folder.glob("*.ptxas")):
-        figures = read_ptxas(file.read_text())
-        for sass in folder.glob(f"{file.stem}.sass*"):
-            figures |= read_sass(sass.read_text())
-        resources = folder / f"{file.stem}.resources.txt"
-        if resources.exists():
-            found = re.search(r"smem_scratch_bytes=(\d+)", resources.read_text())
-            figures["shared"] = int(found[1]) if found else 0
-        report[file.stem] = figures
-    return report
-
-
-def _tpu_figures(folder: Path, hlo: str) -> Report:
-    """Estimated cycles or, where bundles were dumped instead, issued ones; "" sums up."""
-    found: Report = {}
-    for file in folder.glob("*static_llo_profile.textproto"):
-        found |= {name: {"cycles": n} for name, n in read_profile(file.read_text()).items()}
-    for file in folder.glob("*[0-9]-final_bundles.txt"):
-        name = re.sub(r"^\d+-|-\d+-final_bundles$", "", file.stem)
-        found[name] = read_bundles(file.read_text(errors="ignore"))
-    calls = read_calls(hlo)
-    report: Report = {name: {"vmem": vmem} | found.get(name, {}) for name, vmem in calls.items()}
-    unit = "cycles" if any("cycles" in figures for figures in found.values()) else "issued"
-    total = lambda names: sum(found[n].get(unit, 0) for n in names)  # noqa: E731
-    report[""] = {unit: total(found), "outside": total(found.keys() - calls.keys())}
-    return report
 
 
 def environment(chip: Chip, folder: Path, *, bundles: bool) -> dict[str, str]:
@@ -211,7 +119,7 @@ def compile_for(chip: Chip, case: Case, run: Pass) -> Any:
     place = lambda x: jax.ShapeDtypeStruct(  # noqa: E731
         x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec())
     )
-    with target.use(chip.family):
+    with target.use(chip.family), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         avals = list(shapes.arguments(case).values())
         call = shapes.function(case, "pallas")
         if run == "training":
@@ -227,7 +135,7 @@ def _child(chip: Chip, case: Case, run: Pass, folder: Path) -> None:
     try:
         compiled = compile_for(chip, case, run)
         gpu = chip.family == "hopper"
-        report = _gpu_figures(folder) if gpu else _tpu_figures(folder, compiled.as_text())
+        report = gpu_figures(folder) if gpu else tpu_figures(folder, compiled.as_text())
         memory = compiled.memory_analysis()
         if memory is not None:
             report.setdefault("", {})["temporary"] = memory.temp_size_in_bytes

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from kernels import compiler_reports as reports
 from kernels import shapes, static
 
 PTXAS = """\
@@ -59,40 +60,40 @@ ENTRY %main.2 (a.1: bf16[1,4]) -> bf16[1,4] {
 
 def test_what_ptxas_says():
     expected = {"registers": 168, "spill": 12, "warnings": ["C7511", "C7519"]}
-    assert static.read_ptxas(PTXAS) == expected
+    assert reports.read_ptxas(PTXAS) == expected
 
 
 def test_what_is_not_ptxas_is_refused():
     with pytest.raises(ValueError, match="not ptxas's report"):
-        static.read_ptxas("ptxas fatal : memory allocation failure")
+        reports.read_ptxas("ptxas fatal : memory allocation failure")
 
 
 def test_a_disassembly_is_counted():
-    assert static.read_sass(SASS) == {"hgmma": 2, "local": 3}
+    assert reports.read_sass(SASS) == {"hgmma": 2, "local": 3}
 
 
 def test_cycles_by_instruction():
-    assert static.read_profile(PROFILE) == {"f.1": 65982, "fusion": 13262}
+    assert reports.read_profile(PROFILE) == {"f.1": 65982, "fusion": 13262}
 
 
 def test_bundles_count_as_often_as_their_loops_turn():
-    assert static.read_bundles(BUNDLES) == {"issued": 3 + 66 * (4 + 2 * 8), "endless": 0}
+    assert reports.read_bundles(BUNDLES) == {"issued": 3 + 66 * (4 + 2 * 8), "endless": 0}
 
 
 def test_a_loop_of_unknown_length_counts_once_and_is_named():
     unknown = BUNDLES.replace(", 8 /*", ", %s7 /*")
-    assert static.read_bundles(unknown) == {"issued": 3 + 66 * (4 + 2), "endless": 1}
+    assert reports.read_bundles(unknown) == {"issued": 3 + 66 * (4 + 2), "endless": 1}
 
 
 def test_memory_of_the_pallas_calls_alone():
-    assert static.read_calls(HLO) == {"call.1": 532992}
+    assert reports.read_calls(HLO) == {"call.1": 532992}
 
 
 def test_a_gpu_kernel_is_put_together_from_its_dumps(tmp_path):
     (tmp_path / "body_0.ptxas").write_text(PTXAS)
     (tmp_path / "body_0.sass_ctrl").write_text(SASS)
     (tmp_path / "body_0.resources.txt").write_text("Resources(smem_scratch_bytes=147456, tmem=0)")
-    report = static._gpu_figures(tmp_path)
+    report = reports.gpu_figures(tmp_path)
     assert list(report) == ["body_0"]
     assert report["body_0"]["shared"] == 147456
     assert report["body_0"]["hgmma"] == 2
@@ -100,7 +101,7 @@ def test_a_gpu_kernel_is_put_together_from_its_dumps(tmp_path):
 
 def test_a_tpu_program_is_put_together_from_its_dumps(tmp_path):
     (tmp_path / "x_static_llo_profile.textproto").write_text(PROFILE.replace("f.1", "call.1"))
-    report = static._tpu_figures(tmp_path, HLO)
+    report = reports.tpu_figures(tmp_path, HLO)
     assert report["call.1"] == {"vmem": 532992, "cycles": 65982}
     assert report[""] == {"cycles": 65982 + 13262, "outside": 13262}
 
@@ -109,7 +110,7 @@ def test_where_the_estimator_gave_up_bundles_are_counted(tmp_path):
     (tmp_path / "1795-call.1-72-final_bundles.txt").write_text(BUNDLES)
     (tmp_path / "1795-call.1-71-schedule-analysis_final_bundles.txt").write_text("Schedule")
     (tmp_path / "1796-fusion-66-final_bundles.txt").write_text(BUNDLES)
-    report = static._tpu_figures(tmp_path, HLO)
+    report = reports.tpu_figures(tmp_path, HLO)
     issued = 3 + 66 * 20
     assert report["call.1"] == {"vmem": 532992, "issued": issued, "endless": 0}
     assert report[""] == {"issued": 2 * issued, "outside": issued}
