@@ -151,20 +151,18 @@ def gated(q, k, v, log_decay, *, mask: Mask, chunk: int, state):
     return out[:, : v.shape[1]], last.sums
 
 
-def favor(q, k, v, weight, *, half: float, mask: Mask, state=None):
-    """FAVOR+: linear attention of the features exp(<x, w_r> - half |x|^2) / sqrt R of q and k.
+def favor(q, k, v, weight, *, half: float, log_scale=None, mask: Mask, chunk: int, state=None):
+    """FAVOR+: linear attention of the features exp(<x, w_r> - half |x|^2) of q and k.
 
     They are made inside the kernels: no array of T x R numbers is written out. weight [R, D] has
-    D^-1/4 folded in, and half is 1 / (2 sqrt D); no gradient reaches it. With `state`, a
-    `LinearState`, the mask must be causal and the result is (out, the state after the last token).
+    D^-1/4 folded in, and half is 1 / (2 sqrt D); no gradient reaches it. log_scale [B, S, H] is
+    added to the keys' exponents. With `state`, a `LinearState`, the mask must be causal and the
+    result is (out, the state after the last token). Chunks have the chip's own length.
     """
     weight = jax.lax.stop_gradient(weight.astype(jnp.float32))
     if state is None:
-        return _linear(q, k, v, weight, half, None, mask)
-    root = weight.shape[0] ** 0.5  # the kernels' features are without it: it cancels in `out`
-    state = state._replace(memory=state.memory * root)
-    out, state = _causal(q, k, v, weight, half, None, mask, state)
-    return out, state._replace(memory=state.memory / root)
+        return _linear(q, k, v, weight, half, log_scale, mask)
+    return _causal(q, k, v, weight, half, log_scale, mask, state)
 
 
 def refuse_linear(q, k, v, *, features, log_scale, mask: Mask, chunk: int) -> str | None:

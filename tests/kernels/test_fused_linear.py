@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
 from kernels import LinearState, Mask, fused_linear, linear_attention_init, reference
-from kernels.favor_attention import favor_features
+from kernels.favor_attention import causal_favor_attention, favor_features
 from kernels.linear_attention import _xla_causal
 from kernels.target import use
 from tests import support
@@ -60,7 +60,7 @@ def favor(q, k, v, *, weight, mask=ALL, state=None, interpret=True):
     weight, half = jnp.asarray(weight * q.shape[3] ** -0.25), 0.5 * q.shape[3] ** -0.5
     with use("tpu", interpret):
         assert fused_linear.refuse_favor(q, k, v, weight, mask=mask) is None
-        return fused_linear.favor(q, k, v, weight, half=half, mask=mask, state=state)
+        return fused_linear.favor(q, k, v, weight, half=half, mask=mask, chunk=128, state=state)
 
 
 def favor_reference(q, k, v, *, weight, mask):
@@ -249,21 +249,29 @@ def test_a_sequence_cut_in_two_gives_what_it_gives_whole(cut):
 
 
 @slow
-def test_the_state_of_favor_is_that_of_its_features():
-    given, weight = jax.tree.map(jnp.asarray, queries(140, batch=1)), rows(24, 64)
-    empty = linear_attention_init(1, 2, 24, 64)
-    run = quick(lambda given, state: favor(**given, weight=weight, mask=CAUSAL, state=state))
-    out, state = run(given, empty)
-    phi = lambda x, at: favor_features(x, jnp.asarray(weight), feature_map="positive")  # noqa: E731
-    expected, left = _xla_causal(
-        **given, state=empty, features=phi, log_scale=None, mask=CAUSAL, chunk=64
-    )
-    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(state.memory, left.memory, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(state.top, left.top, rtol=1e-5)
-    again, _ = run(given, left)
-    wide, _ = _xla_causal(**given, state=left, features=phi, log_scale=None, mask=CAUSAL, chunk=64)
-    np.testing.assert_allclose(again, wide, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("feature_map", ["positive", "hyperbolic"])
+def test_favor_goes_on_from_the_xla_paths_state_and_back(feature_map):
+    given, weight = jax.tree.map(jnp.asarray, queries(140, batch=1)), jnp.asarray(rows(24, 64))
+    count = 24 if feature_map == "positive" else 48
+    empty = linear_attention_init(1, 2, count, 64)
+
+    def run(backend):
+        how = {"feature_map": feature_map, "backend": backend}
+        return quick(
+            lambda x, state: causal_favor_attention(**x, projection=weight, state=state, **how)
+        )
+
+    with use("tpu", True):
+        pallas, xla = run("pallas"), run("xla")
+        out, state = pallas(given, empty)
+        expected, left = xla(given, empty)
+        held = [x.memory * jnp.exp(x.top)[..., None, None] for x in (state, left)]
+        np.testing.assert_allclose(*held, rtol=1e-4, atol=1e-5 * float(jnp.abs(held[1]).max()))
+        np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+        for first in (state, left):
+            for second in (pallas, xla):
+                again, wide = second(given, first)[0], xla(given, left)[0]
+                np.testing.assert_allclose(again, wide, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_go_through_the_state_into_the_first_part():
