@@ -85,6 +85,7 @@ def favor(
     inputs = {"x": x, "y": y, "z": z, "own": own, "vectors": stream.pack(given, plan)}
     inputs["fill"] = stream.halves(fill, plan) if "fill" in plan.loads else None
     inputs["segments"] = segments
+    inputs["numbers"] = jnp.arange(CHUNK, dtype=jnp.int32)
     inputs["S0"], inputs["n0"] = state if state is not None else (None, None)
     inputs["weight"] = weight.astype(jnp.bfloat16)
     inputs = {name: a for name, a in inputs.items() if a is not None}
@@ -115,6 +116,11 @@ class Plan(stream.Plan):
     def part(self) -> int:
         """Features of a warpgroup."""
         return self.rank // WORKERS
+
+    @property
+    def pieces(self) -> list:
+        """Slices of these that are made at a time: registers are few."""
+        return [pl.ds(first, WIDTH) for first in range(0, self.part, WIDTH)]
 
     @property
     def tiles(self) -> int:
@@ -185,8 +191,8 @@ class Plan(stream.Plan):
             made["total_s"] = plgpu.SMEM((CHUNK,), jnp.float32)
             made["given"], made["taken"] = plgpu.Barrier(), plgpu.Barrier()
         if interpret:
-            made["spare_s"] = shared((WORKERS, CHUNK, CHUNK), jnp.bfloat16)
-            made["spare_phi_s"] = shared((WORKERS, CHUNK, self.part), jnp.bfloat16)
+            many = len(self.pieces) + 1
+            made["spare_s"] = shared((WORKERS, many, CHUNK, CHUNK), jnp.bfloat16)
         made["ready"] = plgpu.Barrier(num_arrivals=WORKERS)
         return made
 
@@ -221,7 +227,7 @@ def _compute(plan: Plan, r, warpgroup: int, interpret):
     S_at = (b, h, slice(None), features) if plan.gradient else (b, h, features)
     read = _gradient if plan.gradient else _values
 
-    def publish(S, n):
+    def publish(S, n, warpgroup):
         """S in bfloat16, and n, where products and rows read them."""
         if role.out:
             r.S_s.at[warpgroup][...] = S.astype(jnp.bfloat16)
@@ -233,9 +239,12 @@ def _compute(plan: Plan, r, warpgroup: int, interpret):
         S, n = carry
         slot = lax.rem(count, jnp.int32(plan.stages))
         plgpu.barrier_wait(r.full.at[slot])
-        at = SimpleNamespace(slot=slot, tile=0, warpgroup=warpgroup)
+        me = r.me_s[warpgroup]  # see `stream.introduce`
+        at = SimpleNamespace(slot=slot, tile=0, warpgroup=me)
         if role.within or role.update:
-            r.phi_s.at[warpgroup][...] = _features(plan, r, at, plan.featured).astype(jnp.bfloat16)
+            for piece in plan.pieces:
+                phi = _features(plan, r, at, plan.featured, piece)
+                r.phi_s.at[me, :, piece][...] = phi.astype(jnp.bfloat16)
             plgpu.commit_smem()
         if role.out:
             part, sums = read(plan, r, at, interpret)
@@ -245,7 +254,7 @@ def _compute(plan: Plan, r, warpgroup: int, interpret):
             S, n = _update(plan, r, at, S, n, interpret)
         plgpu.barrier_arrive(r.empty.at[slot])
         if role.update:
-            publish(S, n)
+            publish(S, n, me)
         return S, n
 
     S, n = constant(0.0, plan.shape), constant(0.0, (plan.part, FILL)) if plan.sums else ()
@@ -254,7 +263,8 @@ def _compute(plan: Plan, r, warpgroup: int, interpret):
     if plan.state and plan.sums:
         n = plgpu.load(r.n0.at[b, h, features], layout=ROWS, optimized=False)
         n = by_row(n * (1 / FILL), FILL)
-    publish(S, n)
+    stream.introduce(r, warpgroup)
+    publish(S, n, warpgroup)
     plgpu.barrier_wait(r.ready)
     S, n = lax.fori_loop(0, plan.chunks, step, (S, n))
 
@@ -268,37 +278,42 @@ def _compute(plan: Plan, r, warpgroup: int, interpret):
         r.n_g.at[b, h, features][...] = n.sum(axis=1)
 
 
-def _features(plan: Plan, r, at, name: str):
-    """phi of a chunk of x, y, z or own: this warpgroup's half, float32."""
+def _features(plan: Plan, r, at, name: str, piece):
+    """phi of a chunk of x, y, z or own: some of this warpgroup's features, float32."""
     x = getattr(r, f"{name}_s").at[at.slot, at.tile]
-    weight = r.weight_s.at[at.warpgroup]
-    logits = matmul((CHUNK, plan.part), (x, weight.transpose((1, 0))))
-    offset = vector_of(plan, r, at, f"offset_{name}", ROWS)
-    return jnp.exp(logits - by_row(offset, plan.part))
+    weight = r.weight_s.at[at.warpgroup, piece]
+    logits = matmul((CHUNK, WIDTH), (x, weight.transpose((1, 0))))
+    return jnp.exp(logits - by_row(vector_of(plan, r, at, f"offset_{name}", ROWS), WIDTH))
 
 
-def _spare(r, at, name: str, interpret):
-    return getattr(r, name).at[at.warpgroup] if interpret else None
+def _left(r, at, a, index: int, interpret):
+    """A float32 matrix [64, 64] as a left operand, several at a time where interpreted."""
+    spare_s = r.spare_s.at[at.warpgroup, index] if interpret else None
+    return left(a.astype(jnp.bfloat16), spare_s)
 
 
 def _values(plan: Plan, r, at, interpret):
     """This half's part of a chunk's sums [C, 64] and, where it divides, of their normaliser."""
-    role, read = plan.role, vector_of(plan, r, at, "read", ROWS)
-    phi = _features(plan, r, at, "x").astype(jnp.bfloat16)
-    den = None
-    if role.divide:
-        n = by_column(plgpu.load(r.n_s.at[at.warpgroup], layout=COLUMNS), CHUNK)
-        den = (phi.astype(jnp.float32) * n).sum(axis=1)
-        den = den if read is None else den * read
-    phi = left(phi, _spare(r, at, "spare_phi_s", interpret))
+    role, read, phis, den = plan.role, vector_of(plan, r, at, "read", ROWS), [], None
+    for index, piece in enumerate(plan.pieces):
+        phi = _features(plan, r, at, "x", piece)
+        if role.divide:
+            n = by_column(plgpu.load(r.n_s.at[at.warpgroup, piece], layout=COLUMNS), CHUNK)
+            den = (phi * n).sum(axis=1) if den is None else den + (phi * n).sum(axis=1)
+        phis.append(_left(r, at, phi, index, interpret))
+    den = den if read is None or den is None else den * read
     inner = []
     if role.within:
-        products = matmul((CHUNK, CHUNK), (phi, r.phi_s.at[at.warpgroup].transpose((1, 0))))
-        p = weights(plan, r, at, products)
+        y_s = r.phi_s.at[at.warpgroup]
+        pairs = [
+            (a, y_s.at[:, p].transpose((1, 0))) for a, p in zip(phis, plan.pieces, strict=True)
+        ]
+        p = weights(plan, r, at, matmul((CHUNK, CHUNK), *pairs))
         den = den + p.sum(axis=1) if role.divide else None
-        p = left(p.astype(jnp.bfloat16), _spare(r, at, "spare_s", interpret))
+        p = _left(r, at, p, len(plan.pieces), interpret)
         inner = [(p, r.z_s.at[at.slot, at.tile])]
-    out = matmul((CHUNK, WIDTH), (phi, r.S_s.at[at.warpgroup]))
+    S_s = r.S_s.at[at.warpgroup]
+    out = matmul((CHUNK, WIDTH), *((a, S_s.at[p]) for a, p in zip(phis, plan.pieces, strict=True)))
     out = out if read is None else out * by_row(read, WIDTH)
     return add_matmul(out, *inner, interpret=interpret) if inner else out, den
 
@@ -306,22 +321,25 @@ def _values(plan: Plan, r, at, interpret):
 def _gradient(plan: Plan, r, at, interpret):
     """This half's part of a chunk's gradient [C, 64], and the sum of its t."""
     role, vector = plan.role, functools.partial(vector_of, plan, r, at)
-    x, shape = r.x_s.at[at.slot, at.tile], (CHUNK, plan.part)
-    d, read = matmul(shape, (x, r.S_s.at[at.warpgroup])), vector("read", ROWS)
-    d = d if read is None else d * by_row(read, plan.part)
-    if role.lift:
-        n = by_column(plgpu.load(r.n_s.at[at.warpgroup], layout=COLUMNS), CHUNK)
-        lift = vector("lift", ROWS)
-        d += n if lift is None else n * by_row(lift, plan.part)
+    x, inner = r.x_s.at[at.slot, at.tile], []
+    read, lift = vector("read", ROWS), vector("lift", ROWS)
     if role.within:
         y = r.y_s.at[at.slot, at.tile]
         p = weights(plan, r, at, matmul((CHUNK, CHUNK), (x, y.transpose((1, 0)))))
-        p = left(p.astype(jnp.bfloat16), _spare(r, at, "spare_s", interpret))
-        d = add_matmul(d, (p, r.phi_s.at[at.warpgroup]), interpret=interpret)
-    t = d * _features(plan, r, at, "own")
-    total = t.sum(axis=1)
-    t = left(t.astype(jnp.bfloat16), _spare(r, at, "spare_phi_s", interpret))
-    out = matmul((CHUNK, WIDTH), (t, r.weight_s.at[at.warpgroup]))
+        inner = [_left(r, at, p, len(plan.pieces), interpret)]
+    out, total = constant(0.0, (CHUNK, WIDTH)), constant(0.0, (CHUNK,), ROWS)
+    for index, piece in enumerate(plan.pieces):
+        d = matmul((CHUNK, WIDTH), (x, r.S_s.at[at.warpgroup, :, piece]))
+        d = d if read is None else d * by_row(read, WIDTH)
+        if role.lift:
+            n = by_column(plgpu.load(r.n_s.at[at.warpgroup, piece], layout=COLUMNS), CHUNK)
+            d += n if lift is None else n * by_row(lift, WIDTH)
+        pairs = [(p, r.phi_s.at[at.warpgroup, :, piece]) for p in inner]
+        d = add_matmul(d, *pairs, interpret=interpret) if inner else d
+        t = d * _features(plan, r, at, "own", piece)
+        total += t.sum(axis=1)
+        pair = (_left(r, at, t, index, interpret), r.weight_s.at[at.warpgroup, piece])
+        out = add_matmul(out, pair, interpret=interpret)
     own = plgpu.load(r.own_s.at[at.slot, at.tile], layout=LAYOUT).astype(jnp.float32)
     return out - own * by_row(total * (2 * plan.half), WIDTH), total
 

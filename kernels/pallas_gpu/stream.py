@@ -108,6 +108,7 @@ def stream(
     inputs = {"x": x, "y": y, "z": z, "own": own, "vectors": pack(vectors, plan)}
     inputs["fill"] = halves(fill, plan) if "fill" in plan.loads else None
     inputs["segments"] = segments
+    inputs["numbers"] = jnp.arange(CHUNK, dtype=jnp.int32)
     inputs["S0"], inputs["n0"] = state if state is not None else (None, None)
     inputs = {name: a for name, a in inputs.items() if a is not None}
     outputs = plan.outputs()
@@ -248,6 +249,8 @@ class Plan:
             made[f"{name}_s"] = make((WORKERS, *shape), dtype)
         if self.role.within and interpret:
             made["spare_s"] = shared((WORKERS, CHUNK, CHUNK), jnp.bfloat16)
+        made["me_s"] = plgpu.SMEM((WORKERS,), jnp.int32)
+        made["numbers_s"] = plgpu.SMEM((WORKERS, CHUNK), jnp.int32)
         arrivals = sum(count for count, _, _ in self.loads.values())
         made["full"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=self.stages)
         made["empty"] = plgpu.Barrier(num_arrivals=WORKERS, num_barriers=self.stages)
@@ -396,15 +399,28 @@ def by_column(vector, rows: int):
     return lax.broadcast_in_dim(vector, (rows, vector.shape[0]), [1])
 
 
+def introduce(r, warpgroup):
+    """Puts what a loop needs of numbers that never change where it has to read them each time.
+
+    These are the warpgroup's own index and those of a chunk's rows. Were they known, the compiler
+    would hold in registers, of which there are too few, the descriptor of every operand and what
+    the mask compares.
+    """
+    r.me_s[warpgroup] = jnp.int32(warpgroup)
+    r.numbers_s.at[warpgroup][...] = plgpu.load(r.numbers, layout=ROWS, optimized=False)
+
+
 def _compute(plan: Plan, r, warpgroup, interpret):
-    """A computing warpgroup: one head and 64 columns of z, chunk after chunk."""
+    """A computing warpgroup: one head and 64 columns of z, chunk after chunk.
+
+    In the loop it reads its own index from shared memory; see `introduce`.
+    """
     role = plan.role
     b, h, column = _place(plan, warpgroup)
     columns = pl.ds(column, WIDTH)
-    tile = warpgroup if plan.tiles > 1 else 0
     n_at = (b, h) if plan.summed == "y" else (b, h, columns)
 
-    def publish(S, n):
+    def publish(S, n, warpgroup):
         """S in bfloat16, and n, where products and rows read them."""
         if role.out:
             r.S_s.at[warpgroup][...] = S.astype(jnp.bfloat16)
@@ -416,19 +432,20 @@ def _compute(plan: Plan, r, warpgroup, interpret):
         S, n = carry
         slot, rows = lax.rem(count, jnp.int32(plan.stages)), chunk_of(plan, count) * CHUNK
         plgpu.barrier_wait(r.full.at[slot])
-        at = SimpleNamespace(slot=slot, tile=tile, warpgroup=warpgroup)
+        me = r.me_s[warpgroup]
+        at = SimpleNamespace(slot=slot, tile=me if plan.tiles > 1 else 0, warpgroup=me)
         if role.out:
             made = _read(plan, r, at, interpret)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was last made has left
             for name, a in made.items():
-                getattr(r, f"{name}_s").at[warpgroup][...] = a
+                getattr(r, f"{name}_s").at[me][...] = a
             plgpu.commit_smem()
             _store(plan, r, warpgroup, pl.ds(rows, CHUNK))
         if role.update:
             S, n = _update(plan, r, at, S, n, interpret)
         plgpu.barrier_arrive(r.empty.at[slot])
         if role.update:
-            publish(S, n)
+            publish(S, n, me)
         return S, n
 
     n_rows = plan.depth if plan.summed == "y" else WIDTH
@@ -440,7 +457,8 @@ def _compute(plan: Plan, r, warpgroup, interpret):
     if plan.state and plan.sums:
         n0 = plgpu.load(r.n0.at[n_at], layout=ROWS, optimized=False)
         n = by_row(n0 * (1 / FILL), FILL)
-    publish(S, n)
+    introduce(r, warpgroup)
+    publish(S, n, warpgroup)
     S, n = lax.fori_loop(0, plan.chunks, step, (S, n))
 
     if role.out:
@@ -514,7 +532,9 @@ def weights(plan: Plan, r, at, p):
         p *= spread(vector("gain", along), CHUNK)
     if "shift" in plan.names:
         p += spread(vector("shift", along), CHUNK)
-    i, j = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), d, layout=LAYOUT) for d in (0, 1))
+    numbers = r.numbers_s.at[at.warpgroup]
+    i = by_row(plgpu.load(numbers, layout=ROWS), CHUNK)
+    j = by_column(plgpu.load(numbers, layout=COLUMNS), CHUNK)
     seen = i <= j if plan.role.reverse else i >= j
     if plan.segments:
         ids = r.segments_s.at[at.slot, at.tile]

@@ -16,12 +16,24 @@ if VERSION < (0, 11, 2):
 
 from jax.experimental.pallas import mosaic_gpu as plgpu  # noqa: E402
 
+from kernels import fused_linear  # noqa: E402
+from kernels import reference as references  # noqa: E402
 from kernels.fused_linear import Projection, Ways  # noqa: E402
 from kernels.pallas_gpu import linear  # noqa: E402
+from kernels.target import use  # noqa: E402
 from tests import support  # noqa: E402
+from tests.kernels.compare import agree, arrays, both, mask_of  # noqa: E402
 
 CHUNK, BATCH = linear.CHUNK, 1
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
+slow = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def no_races(capfd):
+    """jax 0.11.2 prints them only."""
+    yield
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
 
 def factors(heads: int, length: int, *, segments: bool = False, seed: int = 0) -> Ways:
@@ -179,19 +191,136 @@ def check(
         near_product(k_dk, k, grads[1], 1e-2)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+DIMS = [64, pytest.param(128, marks=slow)]
+
+
+@pytest.mark.parametrize("dim", DIMS)
 def test_plain(dim):
     check(dim, 128, normalise=False)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", DIMS)
 def test_all(dim):
     """Ways, segments, grouped heads and a state before, normalised."""
     ways = factors(2, 192, segments=True)
     check(dim, 192, ways=ways, state=a_state(2, dim), heads=(2, 1, 2))
 
 
-def test_favor():
+@slow
+@pytest.mark.parametrize("dim", [64, 128])
+def test_normalised(dim):
+    """No ways: features as they are, divided; an odd number of heads leaves one over."""
+    check(dim, 128, heads=(3, 1, 3))
+
+
+@slow
+def test_many_chunks():
+    """The ring goes round; a decay, which is not normalised."""
+    check(64, 512, ways=factors(1, 512), normalise=False, heads=(1, 1, 1))
+
+
+@pytest.mark.parametrize("rank", [128, pytest.param(256, marks=slow)])
+def test_favor(rank):
     """Features made inside: ways, segments, grouped heads and a state before."""
     ways = factors(2, 128, segments=True)
-    check(64, 128, ways=ways, state=a_state(2, 64, 128), heads=(2, 1, 2), rank=128)
+    check(64, 128, ways=ways, state=a_state(2, 64, rank), heads=(2, 1, 2), rank=rank)
+
+
+def test_log_scale():
+    x = draw(64, 192, positive=False)[0]
+    weight = jnp.asarray(np.random.default_rng(3).standard_normal((128, 64)), jnp.bfloat16)
+    made = linear.log_scale(x, weight.astype(jnp.float32), 0.25, interpret=INTERPRET)
+    x, weight = (np.float64(a.astype(jnp.float32)) for a in (x, weight))
+    expected = np.einsum("bthd,rd->bhtr", x, weight).max(-1)
+    near(made, expected - 0.25 * np.einsum("bthd,bthd->bht", x, x), 1e-5)
+
+
+@slow
+@pytest.mark.parametrize("dim, rank", [(64, None), (128, None), (64, 128)])
+def test_two_sided(dim, rank):
+    """Sums, what reads them, and the gradients of both."""
+    q, k, v = draw(dim, 128, (2, 1, 2), positive=rank is None)
+    H = 2
+    projection = None if rank is None else projection_of(q, k, rank)
+    how = {"projection": projection, "chunk": CHUNK, "interpret": INTERPRET}
+    end = factors(H, 128).end
+
+    def function(q, k, v, *shifts):
+        if rank is not None:
+            q, k = (features(x, projection, s) for x, s in zip((q, k), shifts, strict=True))
+        S = jnp.einsum("bhj,bjhr,bjhd->bhrd", end, k, v)
+        z = jnp.einsum("bhj,bjhr->bhr", end, k)
+        num, den = jnp.einsum("bthr,bhrd->bthd", q, S), jnp.einsum("bthr,bhr->bht", q, z)
+        return num / jnp.moveaxis(den, 1, 2)[..., None], den, S, z
+
+    dout = jnp.asarray(np.random.default_rng(7).standard_normal(v.shape), jnp.bfloat16)
+    with jax.enable_x64(True):
+        given = wide(*(repeated(x, H) for x in (q, k, v)))
+        given += wide(*(() if rank is None else (by_head(a, H) for a in projection[2:])))
+        expected, back = jax.vjp(jax.jit(function), *given)
+        grads = back((*wide(dout), *(jnp.zeros_like(a) for a in expected[1:])))
+        expected, grads = jax.tree.map(np.asarray, (expected, grads))
+    S, z = linear.sums(k, v, end=end, **how)
+    out, den = linear.read(q, S, z, normalise=True, **how)
+    for made, exact in zip((out, den, S, z), expected, strict=True):
+        near(made, exact, 5e-3)
+    inv_den = 1 / den
+    r = -jnp.einsum("bthd,bthd->bht", dout.astype(jnp.float32), jnp.float32(expected[0])) * inv_den
+    dq, (dS, dz) = linear.read_backward(q, S, z, dout=dout, inv_den=inv_den, r=r, **how)
+    dk, dv, k_dk = linear.sums_backward(k, v, dS, dz, end=end, **how)
+    for made, exact in zip((dq, dk, dv), grads, strict=False):
+        near(made, exact, 1e-2)
+    if rank is None:
+        near_product(k_dk, k, grads[1], 1e-2)
+    else:
+        near(-k_dk, grads[4], 1e-2)
+
+
+@slow
+@pytest.mark.parametrize("mask", ["none", "all"])
+@pytest.mark.parametrize("length", [7, 100])
+def test_odd_lengths(length, mask):
+    """Through the frontend, which fills chunks up: features given, with log scales."""
+    shapes = {"q": (1, length, 2, 64), "k": (1, length, 1, 64), "v": (1, length, 2, 64)}
+    given = arrays(**shapes, log_scale=(1, length, 1))
+    given |= {name: np.abs(given[name]) + 0.1 for name in ("q", "k")}
+    mask = {
+        name: a[:1] if isinstance(a, np.ndarray) else a for name, a in mask_of(mask, length).items()
+    }
+
+    def linear_of(q, k, v, *, log_scale, mask):
+        how = {"features": None, "log_scale": log_scale, "mask": mask, "chunk": 128}
+        with use("hopper", INTERPRET):
+            assert fused_linear.refuse_linear(q, k, v, **how) is None
+            return fused_linear.linear(q, k, v, **how)
+
+    def exact(q, k, v, *, log_scale, mask):
+        q, k = (jnp.repeat(x, 2 // x.shape[2], axis=2) for x in (q, k))
+        scale = jnp.repeat(log_scale, 2, axis=2)
+        return references.linear_attention(q, k, v, log_scale=scale, mask=mask)
+
+    made = both(linear_of, exact, given, mask, dtype=jnp.bfloat16)
+    agree(made, forward=5e-3, backward=1e-2)
+
+
+@pytest.mark.parametrize(
+    "dtype, dims, rank, word",
+    [
+        ("float32", (64, 64), None, "bfloat16"),
+        ("float16", (64, 64), None, "bfloat16"),
+        ("bfloat16", (32, 32), None, "32 channels"),
+        ("bfloat16", (128, 64), None, "64 channels"),
+        ("bfloat16", (64, 64), 512, "512 features"),
+        ("bfloat16", (32, 64), 128, "32 channels"),
+    ],
+)
+def test_refuses(dtype, dims, rank, word):
+    q, v = (jax.ShapeDtypeStruct((1, 64, 2, d), dtype) for d in dims)
+    said = linear.refuse(q, q, v, rank=rank)
+    assert word in said and "backend='xla'" in said
+
+
+@pytest.mark.parametrize("dim, rank", [(64, None), (128, None), (64, 128), (64, 256)])
+def test_takes(dim, rank):
+    x = jax.ShapeDtypeStruct((1, 64, 2, dim), jnp.bfloat16)
+    assert linear.refuse(x, x, x, rank=rank) is None
