@@ -230,7 +230,8 @@ def _padded(q, k, v, *, mask: Mask, scale: float, tiles: Tiles | None, resident:
     q, segments = _fill((q, segments), more_q)
     k, v, hidden = _fill((k, v, hidden), more_k)
     how = _How(chip, interpret, float(scale), tiles=sizes, **shape)
-    out, lse = _attend(how, q, k, v, segments, hidden)
+    result: Any = _attend(how, q, k, v, segments, hidden)
+    out, lse = result
     return out[:, :queries], lse[:, :, :queries]
 
 
@@ -244,14 +245,14 @@ def _fill(tree, more: int):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(how: _How, q, k, v, segments, keys) -> tuple[Array, Array]:
+def _attend(how: _How, q, k, v, segments, keys):
     module, options = _split(how)
     return module.forward(q, k, v, segments=segments, keys=keys, **options)
 
 
 def _attend_forward(how: _How, q, k, v, segments, keys):
-    out, lse = _attend(how, q, k, v, segments, keys)
-    return (out, lse), (q, k, v, segments, keys, out, lse)
+    result: Any = _attend(how, q, k, v, segments, keys)
+    return result, (q, k, v, segments, keys, *result)
 
 
 def _attend_backward(how: _How, kept, cotangents):

@@ -170,6 +170,16 @@ class Plan(NamedTuple):
         least, most = self.ahead(i, j, self.all)
         return self.within(most, least)
 
+    def kinds(self) -> set[bool]:
+        """What `whole` says of the pairs of blocks that see each other."""
+        kinds = set()
+        for i in range(self.blocks[0]):
+            first, last = self.keys_of(i)
+            kinds |= {bool(self.whole(i, j)) for j in range(first, last + 1)}
+            if len(kinds) == 2:
+                break
+        return kinds
+
     def some(self, i, j, sides: Sides):
         """Whether the window shows any of the keys of that piece to any of its queries."""
         return self.within(*self.ahead(i, j, sides))
@@ -258,9 +268,6 @@ def _least(a, b):
 def both(a, b):
     """a & b, where None says nothing."""
     return b if a is None else a if b is None else a & b
-
-
-# ------------------------------------------------------------------- arrays as they are laid out
 
 
 def to_queries(heads: Heads, x):
