@@ -244,12 +244,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ops", default="", help="cases whose names this pattern is found in")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of the results")
     parser.add_argument("--minutes", type=float, default=9.0, help="when to stop")
-    parser.add_argument("--quick", action="store_true", help="one small case an op")
+    parser.add_argument(
+        "--quick", action="store_true", help="one small case an op; with --cpu-peers, one length"
+    )
     parser.add_argument("--cpu-peers", action="store_true", help="the PyTorch peers, on this CPU")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.cpu_peers:
-        return rivals.package("kernels.peers").main(options.out)
+        from kernels import peers  # it imports this module
+
+        return peers.main(options.out, quick=options.quick)
     if jax.devices()[0].platform == "cpu" and not options.quick:
         parser.error("the full list needs an accelerator; on a CPU take --quick or --cpu-peers")
     cases = shapes.QUICK if options.quick else shapes.MEASURED

@@ -2,12 +2,12 @@
 
     python -m kernels.static --target h200|v5e|v6e|tpu7x [--only PATTERN] [--check] [--write]
 
-compiles every case of `kernels.shapes.SHIPPED`, forward and forward with backward, each in a
-process of its own, and prints for a GPU the registers of each kernel, bytes spilled, ptxas's
-warnings, shared memory and wgmma instructions; for a TPU estimated cycles and VMEM. `--check` fails
-on a spill, on wgmma that is serialised (warning C7511), and on a figure above kernels/budget.json;
-`--write` puts the figures there. The compilers come with pip (Python 3.12 or newer; no accelerator
-is needed, or used):
+compiles every case of `kernels.shapes.SHIPPED`, forward with backward (`--passes forward`: alone),
+each in a process of its own, and prints for a GPU the registers of each kernel, bytes spilled,
+ptxas's warnings, shared memory and wgmma instructions; for a TPU estimated cycles and VMEM.
+`--check` fails on a spill, on wgmma that is serialised (warning C7511), and on a figure above
+kernels/budget.json; `--write` puts the figures there. The compilers come with pip (Python 3.12 or
+newer; no accelerator is needed, or used):
 
     pip install "jax[cuda13-local]==0.11.2" nvidia-cuda-nvcc==13.0.88 nvidia-cuda-nvdisasm absl-py
     pip install "jax[tpu]==0.11.2"
@@ -227,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("kernels.static", description=__doc__, formatter_class=raw)
     parser.add_argument("--target", required=True, choices=CHIPS)
     parser.add_argument("--only", default="", help="cases whose names this pattern is found in")
-    parser.add_argument("--passes", nargs="*", default=shapes.PASSES, choices=shapes.PASSES)
+    parser.add_argument("--passes", nargs="*", default=["training"], choices=shapes.PASSES)
     parser.add_argument("--check", action="store_true", help="fail on a spill or above the budget")
     parser.add_argument("--write", action="store_true", help="put the figures into budget.json")
     parser.add_argument("--child", help=argparse.SUPPRESS)
