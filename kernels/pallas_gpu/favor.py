@@ -52,6 +52,10 @@ from kernels.pallas_gpu.wgmma import (
     shared,
 )
 
+RANK = 128
+"""Features of one kernel."""
+_APART = WIDTH + 8  # float32 from row to row where no tiling keeps rows off each other's banks
+
 
 def favor(
     role: Role,
@@ -73,7 +77,45 @@ def favor(
     """As `stream.stream`, which see, with features of what `offsets` names: [B, H, T] each.
 
     x, y, z, own: bfloat16 [B, T, G, 64]. weight: [R, 64]. With `own` the result is a gradient.
+
+    More than `RANK` features are made by several runs of the kernel, whose float32 results are
+    added up: with 256 in one, the state leaves too few registers for the rest.
     """
+    blocks = [slice(at, at + RANK) for at in range(0, weight.shape[0], RANK)]
+    how = {"half": half, "offsets": offsets, "heads": heads, "vectors": vectors, "fill": fill}
+    how |= {"segments": segments, "interpret": interpret}
+    if len(blocks) == 1:
+        return _run(role, x, y, z, own, weight=weight, state=state, **how)
+    role, made = dataclasses.replace(role, raw=True), []
+    for block in blocks:
+        S_at = (slice(None),) * (3 if role.own else 2) + (block,)
+        part = None if state is None else (state[0][S_at], state[1][:, :, block])
+        made.append(_run(role, x, y, z, own, weight=weight[block], state=part, **how))
+    joined = {
+        name: _together([getattr(m, name) for m in made], axis=2 if name in ("S", "n") else None)
+        for name in ("out", "den", "own", "S", "n")
+    }
+    if role.divide:
+        den = jnp.moveaxis(joined["den"], 1, 2)[..., None]
+        dead = jnp.abs(den) <= LEAST
+        joined["out"] = jnp.where(dead, 0.0, joined["out"] / jnp.where(dead, 1.0, den))
+    if role.out:
+        joined["out"] = joined["out"].astype(jnp.bfloat16)
+    return SimpleNamespace(**joined)
+
+
+def _together(parts: list, axis: int | None):
+    """Parts side by side along an axis, or their sum; None where there are none."""
+    if parts[0] is None:
+        return None
+    return sum(parts) if axis is None else jnp.concatenate(parts, axis=axis)
+
+
+def _run(
+    role: Role, x, y, z, own, *, weight, half, offsets, heads, vectors, fill, segments, state,
+    interpret,
+) -> SimpleNamespace:  # fmt: skip
+    """`favor` in one kernel."""
     some = x if x is not None else y
     given = {name: a for name, a in (vectors or {}).items() if a is not None}
     given |= {f"offset_{name}": a for name, a in offsets.items()}
@@ -154,6 +196,8 @@ class Plan(stream.Plan):
         made = super().outputs()
         if "own" in made:
             made["own"] = make(made["own"].shape[1:], f32)
+        if self.role.raw and self.role.out:
+            made["out"] = make(made["out"].shape, self.out_dtype)
         made.pop("S", None)
         if self.role.update and not self.gradient:
             made["S"] = make((self.batch, self.heads, self.rank, WIDTH), f32)
@@ -177,17 +221,22 @@ class Plan(stream.Plan):
         return own
 
     @property
+    def out_dtype(self):
+        """Of what rows get."""
+        return jnp.float32 if self.role.raw else jnp.bfloat16
+
+    @property
     def bytes(self) -> int:
         """Shared memory of a CTA, with what the two warpgroups pass on."""
-        return super().bytes + CHUNK * (WIDTH * (4 + 2) + 4 * 4)
+        return super().bytes + CHUNK * (_APART * 4 + WIDTH * 4 + 4 * 4)
 
     def scratch(self, interpret) -> dict[str, Any]:
         """Shared memory and barriers by name."""
         made = super().scratch(None)
         if self.role.out:
-            made["part_s"] = shared((CHUNK, WIDTH), jnp.float32)
+            made["part_s"] = plgpu.SMEM((CHUNK, _APART), jnp.float32)
             made["sums_s"] = plgpu.SMEM((CHUNK,), jnp.float32)
-            made["out_s"] = shared((CHUNK, WIDTH), jnp.bfloat16)
+            made["out_s"] = shared((CHUNK, WIDTH), self.out_dtype)
             made["total_s"] = plgpu.SMEM((CHUNK,), jnp.float32)
             made["given"], made["taken"] = plgpu.Barrier(), plgpu.Barrier()
         if interpret:
@@ -302,20 +351,18 @@ def _values(plan: Plan, r, at, interpret):
             den = (phi * n).sum(axis=1) if den is None else den + (phi * n).sum(axis=1)
         phis.append(_left(r, at, phi, index, interpret))
     den = den if read is None or den is None else den * read
-    inner = []
-    if role.within:
-        y_s = r.phi_s.at[at.warpgroup]
-        pairs = [
-            (a, y_s.at[:, p].transpose((1, 0))) for a, p in zip(phis, plan.pieces, strict=True)
-        ]
-        p = weights(plan, r, at, matmul((CHUNK, CHUNK), *pairs))
-        den = den + p.sum(axis=1) if role.divide else None
-        p = _left(r, at, p, len(plan.pieces), interpret)
-        inner = [(p, r.z_s.at[at.slot, at.tile])]
-    S_s = r.S_s.at[at.warpgroup]
-    out = matmul((CHUNK, WIDTH), *((a, S_s.at[p]) for a, p in zip(phis, plan.pieces, strict=True)))
+    y_s, S_s = r.phi_s.at[at.warpgroup] if role.within else None, r.S_s.at[at.warpgroup]
+    both = list(zip(phis, plan.pieces, strict=True))
+    if y_s is not None:
+        products = matmul((CHUNK, CHUNK), *((a, y_s.at[:, p].transpose((1, 0))) for a, p in both))
+    out = matmul((CHUNK, WIDTH), *((a, S_s.at[p]) for a, p in both))
     out = out if read is None else out * by_row(read, WIDTH)
-    return add_matmul(out, *inner, interpret=interpret) if inner else out, den
+    if y_s is None:
+        return out, den
+    p = weights(plan, r, at, products)
+    den = den + p.sum(axis=1) if role.divide else None
+    pair = (_left(r, at, p, len(plan.pieces), interpret), r.z_s.at[at.slot, at.tile])
+    return add_matmul(out, pair, interpret=interpret), den
 
 
 def _gradient(plan: Plan, r, at, interpret):
@@ -372,21 +419,21 @@ def _join(plan: Plan, r, warpgroup: int, count, part, sums, place):
         def _():
             plgpu.barrier_wait(r.taken)
 
-        r.part_s[...] = part
+        r.part_s.at[:, pl.ds(0, WIDTH)][...] = part
         if sums is not None:
             r.sums_s[...] = sums
         plgpu.barrier_arrive(r.given)
         return
     plgpu.barrier_wait(r.given)
-    out = part + plgpu.load(r.part_s, layout=LAYOUT)
+    out = part + plgpu.load(r.part_s.at[:, pl.ds(0, WIDTH)], layout=LAYOUT, optimized=False)
     if sums is not None:
         sums += plgpu.load(r.sums_s, layout=ROWS)
     plgpu.barrier_arrive(r.taken)
-    if plan.role.divide:
+    if plan.role.divide and not plan.role.raw:
         dead = jnp.abs(sums) <= LEAST  # NaN is alive
         out *= by_row(jnp.where(dead, 0.0, 1 / jnp.where(dead, 1.0, sums)), WIDTH)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was last made has left
-    r.out_s[...] = out.astype(jnp.bfloat16)
+    r.out_s[...] = out.astype(plan.out_dtype)
     if sums is not None:
         r.total_s[...] = sums
     plgpu.commit_smem()

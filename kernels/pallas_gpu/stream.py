@@ -66,6 +66,7 @@ class Role:
     update: S changes from chunk to chunk. reverse: from the last chunk to the first; rows see what
     comes after them. gain: "rows" or "columns" of p, what `gain` and `shift` run along. divide:
     out is divided by its normaliser. lift: n is added. own: sums of out times a further array.
+    raw: out is float32, and the normaliser is given but not divided by (in `favor` alone).
     """
 
     out: bool = True
@@ -76,6 +77,7 @@ class Role:
     divide: bool = False
     lift: bool = False
     own: bool = False
+    raw: bool = False
 
 
 def stream(
