@@ -76,38 +76,42 @@ def _seen(plan: Plan, i, j, edge: bool, ids, column, sides: Sides, *, across: bo
         ahead -= jax.lax.broadcasted_iota(jnp.int32, shape, 1 - int(across))
         seen = plan.within(ahead, ahead)
     if plan.masked:
-        rows = _wide(column[0][...], shape[1]) if column else 0
-        if across:
-            columns = ids[0][0, :, sides.query : sides.query + sides.queries] if plan.own else 0
-        else:
-            columns = ids[-1][0, :, sides.key : sides.key + sides.keys]
+        queries, keys = pl.ds(sides.query, sides.queries), pl.ds(sides.key, sides.keys)
+        rows = _wide(column[0][keys if across else queries], shape[1]) if column else 0
+        columns = (ids[0][0, :, queries] if plan.own else 0) if across else ids[-1][0, :, keys]
         seen = both(seen, jnp.broadcast_to(rows == columns, shape))
     return seen
 
 
 def _pieces(plan: Plan, i, j, run, body, *, across: bool = False) -> None:
-    """body(edge, sides) of each piece of the blocks i and j if `run`, `edge` where a mask is due.
+    """body(edge, sides, (i, j)) of each piece of the blocks i and j if `run`; `edge`: with a mask.
 
     What the window hides altogether is left out.
     """
     parts = plan.pieces(across=across)
 
-    def all_of(edge: bool):
+    def whole():
         for sides in parts:
-            if edge and len(parts) > 1:
-                pl.when(plan.some(i, j, sides))(functools.partial(body, True, sides))
-            else:
-                body(edge, sides)
+            body(False, sides, (i, j))
+
+    def edge():
+        for sides in parts:
+            seen = plan.some(i, j, sides)
+            pl.when(seen)(functools.partial(body, True, sides, (i, j)))
+
+    def corners(distance: int, pieces):
+        for sides, clear in pieces:
+            body(not clear, sides, (distance, 0))
 
     if not plan.windowed:
-        all_of(False)
+        whole()
         return
-    kinds, whole = plan.kinds(), plan.whole(i, j)
-    if len(kinds) == 1:
-        pl.when(run)(lambda: all_of(False in kinds))
+    pl.when(run & plan.whole(i, j))(whole)
+    if plan.tiles.q != plan.tiles.k:
+        pl.when(run & jnp.logical_not(plan.whole(i, j)))(edge)
         return
-    pl.when(run & whole)(lambda: all_of(False))
-    pl.when(run & jnp.logical_not(whole))(lambda: all_of(True))
+    for distance, pieces in plan.distances():
+        pl.when(run & (i - j == distance))(functools.partial(corners, distance, pieces))
 
 
 def _logits(plan: Plan, a, b, seen):
@@ -131,7 +135,7 @@ def forward_once(*refs, plan: Plan):
     j = jnp.minimum(*plan.keys_of(i))
     if plan.own:
         column[0][...] = _column(ids[0][0])
-    for sides in [plan.all] if plan.own else plan.pieces(across=True, most=ROWS):
+    for sides in plan.pieces(across=True, most=ROWS):
         queries, parts = pl.ds(sides.query, sides.queries), []
         seen = _seen(plan, i, j, plan.windowed, ids, column, sides)
         for head in plan.heads.members:
@@ -166,22 +170,24 @@ def forward_steps(*refs, plan: Plan):
         if plan.own:
             column[0][...] = _column(ids[0][0])
 
-    def absorb(edge: bool, sides: Sides):
-        keys, fades, parts = pl.ds(sides.key, sides.keys), [], []
-        seen = _seen(plan, i, j, edge, ids, column, sides)
+    def absorb(edge: bool, sides: Sides, at):
+        rows, keys = pl.ds(sides.query, sides.queries), pl.ds(sides.key, sides.keys)
+        seen, fades, parts = _seen(plan, *at, edge, ids, column, sides), [], []
         for head in plan.heads.members:
-            q = _own(plan, q_ref[0, :, head.q], head.place)
+            q = _own(plan, q_ref[0, rows, head.q], head.place)
             logits = _logits(plan, q, k_ref[0, keys, head.k], seen)
-            top = top_ref[head.index]
+            top = top_ref[head.index, rows]
             new = jnp.maximum(top, jnp.max(logits, axis=1, keepdims=True))
             weights = jnp.exp2(logits - _wide(new, sides.keys))
             fades.append(jnp.exp2(top - new))
-            top_ref[head.index] = new
-            total_ref[head.index] = fades[-1] * total_ref[head.index] + _by_lane(weights)
+            top_ref[head.index, rows] = new
+            total = fades[-1] * total_ref[head.index, rows] + _by_lane(weights)
+            total_ref[head.index, rows] = total
             v = _own(plan, v_ref[0, keys, head.k], head.place)
             parts.append(_dot(weights.astype(v.dtype), v))
             if head.last:
-                sum_ref[:, head.q] = _spread(plan, fades) * sum_ref[:, head.q] + _add(parts)
+                sums = _spread(plan, fades) * sum_ref[rows, head.q] + _add(parts)
+                sum_ref[rows, head.q] = sums
                 fades, parts = [], []
 
     _pieces(plan, i, j, j <= last, absorb)
@@ -226,18 +232,18 @@ def query_grads(*refs, plan: Plan):
         if plan.own:
             column[0][...] = _column(ids[0][0])
 
-    def absorb(edge: bool, sides: Sides):
-        keys, parts = pl.ds(sides.key, sides.keys), []
-        seen = _seen(plan, i, j, edge, ids, column, sides)
+    def absorb(edge: bool, sides: Sides, at):
+        rows, keys = pl.ds(sides.query, sides.queries), pl.ds(sides.key, sides.keys)
+        seen, parts = _seen(plan, *at, edge, ids, column, sides), []
         for head in plan.heads.members:
             k, v = k_ref[0, keys, head.k], v_ref[0, keys, head.k]
-            logits = _logits(plan, _own(plan, q_ref[0, :, head.q], head.place), k, seen)
-            weights = jnp.exp2(logits - _wide(lse_column[head.index], sides.keys))
-            dweights = _dot(_own(plan, dout_ref[0, :, head.q], head.place), v, (1, 1))
-            dlogits = weights * (dweights - _wide(rest_column[head.index], sides.keys))
+            logits = _logits(plan, _own(plan, q_ref[0, rows, head.q], head.place), k, seen)
+            weights = jnp.exp2(logits - _wide(lse_column[head.index, rows], sides.keys))
+            dweights = _dot(_own(plan, dout_ref[0, rows, head.q], head.place), v, (1, 1))
+            dlogits = weights * (dweights - _wide(rest_column[head.index, rows], sides.keys))
             parts.append(_dot(dlogits.astype(k.dtype), _own(plan, k, head.place)))
             if head.last:
-                sum_ref[:, head.q] += _add(parts)
+                sum_ref[rows, head.q] += _add(parts)
                 parts = []
 
     _pieces(plan, i, j, j <= last, absorb)
@@ -256,8 +262,8 @@ def key_grads(*refs, plan: Plan, steps: int):
     i = first + jax.lax.rem(step, steps)
     pl.when(step == 0)(lambda: _clear(plan, given, scratch))
 
-    def absorb(edge: bool, sides: Sides):
-        for _ in _transposed(plan, i, j, edge, sides, given, scratch):
+    def absorb(edge: bool, sides: Sides, at):
+        for _ in _transposed(plan, *at, edge, sides, given, scratch):
             pass
 
     _pieces(plan, i, j, i <= last, absorb, across=True)
@@ -303,14 +309,14 @@ def _transposed(plan: Plan, i, j, edge: bool, sides: Sides, given, scratch):
     q_ref, k_ref, v_ref, dout_ref, lse_ref, rest_ref, *ids = given
     dk_sum, dv_sum, *column = scratch
     seen = _seen(plan, i, j, edge, ids, column, sides, across=True)
-    queries = pl.ds(sides.query, sides.queries)
+    queries, keys = pl.ds(sides.query, sides.queries), pl.ds(sides.key, sides.keys)
     for head in plan.heads.members:
-        k, v = (_own(plan, ref[0, :, head.k], head.place) for ref in (k_ref, v_ref))
+        k, v = (_own(plan, ref[0, keys, head.k], head.place) for ref in (k_ref, v_ref))
         q, dout = q_ref[0, queries, head.q], dout_ref[0, queries, head.q]
         weights = jnp.exp2(_logits(plan, k, q, seen) - lse_ref[0, 0, pl.ds(head.index, 1), queries])
-        dv_sum[:, head.k] += _dot(weights.astype(v.dtype), _own(plan, dout, head.place))
+        dv_sum[keys, head.k] += _dot(weights.astype(v.dtype), _own(plan, dout, head.place))
         dweights = _dot(v, dout, (1, 1))
         dlogits = weights * (dweights - rest_ref[0, 0, pl.ds(head.index, 1), queries])
         dlogits = dlogits.astype(q.dtype)
-        dk_sum[:, head.k] += _dot(dlogits, _own(plan, q, head.place))
+        dk_sum[keys, head.k] += _dot(dlogits, _own(plan, q, head.place))
         yield head, dlogits

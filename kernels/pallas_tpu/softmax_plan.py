@@ -19,6 +19,8 @@ LARGEST = 1024
 PIECE = 512
 """Keys, or in the gradient of keys queries, of a block that are taken at once: while one piece is
 exponentiated, the next is multiplied."""
+EDGE = 256
+"""Queries and keys taken at once where the edge of a window goes through a square block."""
 GRADIENT = 1024
 """Queries and keys of a block in the backward pass, at most."""
 ROWS = 512
@@ -38,6 +40,11 @@ class Sides(NamedTuple):
     queries: int
     key: int
     keys: int
+
+    def joins(self, other: "Sides") -> bool:
+        """Whether the keys of `other` follow, for the same queries, and both are one piece."""
+        follows = self.query == other.query and self.key + self.keys == other.key
+        return follows and self.keys + other.keys <= PIECE
 
 
 class Head(NamedTuple):
@@ -170,15 +177,30 @@ class Plan(NamedTuple):
         least, most = self.ahead(i, j, self.all)
         return self.within(most, least)
 
-    def kinds(self) -> set[bool]:
-        """What `whole` says of the pairs of blocks that see each other."""
-        kinds = set()
-        for i in range(self.blocks[0]):
-            first, last = self.keys_of(i)
-            kinds |= {bool(self.whole(i, j)) for j in range(first, last + 1)}
-            if len(kinds) == 2:
-                break
-        return kinds
+    def distances(self) -> list[tuple[int, list[tuple[Sides, bool]]]]:
+        """(i - j, `corners`) of the blocks that see each other, but are not whole; square blocks.
+
+        What such blocks see of each other depends on i - j alone, and is known beforehand.
+        """
+        ends = [(i, *self.keys_of(i)) for i in range(self.blocks[0])]
+        apart = {d for i, first, last in ends for d in range(i - last, i - first + 1)}
+        return [(d, self.corners(d)) for d in sorted(apart) if not self.whole(d, 0)]
+
+    def corners(self, distance: int) -> list[tuple[Sides, bool]]:
+        """The pieces that are not hidden, and whether they are whole: those may be larger."""
+        size, pieces = _part(self.tiles.q, EDGE), []
+        for query in range(0, self.tiles.q, size):
+            for key in range(0, self.tiles.k, size):
+                sides = Sides(query, size, key, size)
+                least, most = self.ahead(distance, 0, sides)
+                before, whole = pieces[-1] if pieces else (sides, False)
+                if not self.within(least, most):
+                    continue
+                if self.within(most, least) and whole and before.joins(sides):
+                    pieces[-1] = before._replace(keys=before.keys + size), True
+                else:
+                    pieces.append((sides, bool(self.within(most, least))))
+        return pieces
 
     def some(self, i, j, sides: Sides):
         """Whether the window shows any of the keys of that piece to any of its queries."""

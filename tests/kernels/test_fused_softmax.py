@@ -138,18 +138,50 @@ def test_more_query_heads_than_meet_a_block_of_keys_at_once(monkeypatch):
     agree(both(window, expected_window, given, mask_of("all", 23), left=9, right=0))
 
 
-@pytest.mark.parametrize("sides", [(11, 0), slow((5, 3)), slow(None)])
-def test_tiles_go_in_pieces(monkeypatch, sides):
+@pytest.mark.parametrize(
+    ("sides", "tiles", "mask"),
+    [
+        ((11, 3), Tiles(16, 16), "all"),
+        ((11, 3), Tiles(16, 32), "none"),
+        slow((25, 16), Tiles(16, 16), "none"),
+        slow((39, 0), Tiles(24, 24), "segments"),
+        slow((1000, 9), Tiles(16, 16), "padding"),
+        slow((1000, 0), Tiles(32, 32), "all"),
+        slow((1000, 1000), Tiles(16, 32), "padding"),
+    ],
+)
+def test_blocks_go_in_pieces(monkeypatch, sides, tiles, mask):
+    """Where the edge of a window goes through square blocks, only what is seen is computed."""
     from kernels.pallas_tpu import softmax_plan as module
 
     monkeypatch.setattr(module, "PIECE", 8)
-    given, mask = qkv(40), mask_of("none", 40)
-    how = {"op_options": {"tiles": Tiles(16, 16)}}
-    if sides is None:
-        agree(both(softmax, reference.softmax_attention, given, mask, **how))
-    else:
-        how |= {"left": sides[0], "right": sides[1]}
-        agree(both(window, expected_window, given, mask, **how))
+    monkeypatch.setattr(module, "EDGE", 8)
+    how = {"left": sides[0], "right": sides[1], "op_options": {"tiles": tiles}}
+    agree(both(window, expected_window, qkv(63), mask_of(mask, 63), **how))
+
+
+def test_the_pieces_of_a_window_are_those_that_it_shows():
+    from kernels.pallas_tpu import softmax_plan as module
+
+    q = jnp.zeros((1, 4096, 2, 128))
+    how = {"scale": 1.0, "segments": None, "keys": None, "interpret": None}
+    given = {"causal": False, "window": (700, 100), "tiles": Tiles(512, 512)}
+    plan = module.plan(q, q, **given, **how)
+    ahead = np.arange(4096)[:, None] - np.arange(4096)
+    seen = (ahead <= 700) & (ahead >= -100)
+    shown, masked = np.zeros_like(seen), np.zeros_like(seen)
+    pieces = dict(plan.distances())
+    for i in range(8):
+        first, last = plan.keys_of(i)
+        for j in range(first, last + 1):
+            whole = [(plan.all, True)] if plan.whole(i, j) else pieces[i - j]
+            for sides, clear in whole:
+                rows = slice(512 * i + sides.query, 512 * i + sides.query + sides.queries)
+                columns = slice(512 * j + sides.key, 512 * j + sides.key + sides.keys)
+                assert not shown[rows, columns].any()
+                shown[rows, columns], masked[rows, columns] = True, not clear
+    assert shown[seen].all() and seen[shown & ~masked].all()
+    assert shown.sum() < 1.7 * seen.sum()
 
 
 @pytest.mark.parametrize(
