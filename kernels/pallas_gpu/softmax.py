@@ -100,7 +100,8 @@ def forward(
     q, k, v, *, scale: float, causal, window: Window, segments, keys, tiles: Tiles, interpret
 ) -> tuple[jax.Array, jax.Array]:
     """out [B,T,H,D] and lse float32 [B,H,T]; see `kernels.fused_softmax`."""
-    if tiles.k == k.shape[1] <= RESIDENT and not causal and window is None and segments is None:
+    dense = not causal and window is None and segments is None and scale > 0
+    if tiles.k == k.shape[1] <= RESIDENT and dense:
         return _resident(q, k, v, scale=scale, keys=keys, interpret=interpret)
     batch, queries, heads, dim = q.shape
     blocks, (mine, theirs) = TABLE[dim], _ids(segments, keys, queries)
@@ -123,25 +124,38 @@ def forward(
             logits = matmul(shape, (query, key.transpose((1, 0)))) * (scale * LOG2E)
             logits = block.hide(logits, numbers, key_ids)
             block.free(0)
-            higher = jnp.maximum(top, logits.max(axis=1))
-            shrink = jnp.exp2(top - higher)
-            weights = jnp.exp2(logits - over(higher, shape, 0))
-            total = total * shrink + weights.sum(axis=1)
+            shrink, weights, top, total = _weigh(logits, top, total)
             acc = acc * over(shrink, acc.shape, 0)
             (value,) = block.wait(1)
             weights = left(weights.astype(v.dtype), operand)
             acc = add_matmul(acc, (weights, value), interpret=interpret)
             block.free(1)
-            return acc, higher, total
+            return acc, top, total
 
-        top, total = (constant(x, (HEIGHT,), ROWS) for x in (HIDDEN, 0))
-        acc, top, total = loop(step, (constant(0, (HEIGHT, dim)), top, total))
+        top, total = (constant(x, (HEIGHT,), ROWS) for x in (HIDDEN, 0.0))
+        acc, top, total = loop(step, (constant(0.0, (HEIGHT, dim)), top, total))
         _finish(acc, top, total, index[:3], outputs, result, sums)
 
     return run(
         sweep, body, (q, *mine), ((k, *theirs), (v,)), out=_results(dim, v.dtype), operand=v.dtype,
         out_type=_types(q, v.dtype),
     )  # fmt: skip
+
+
+def _weigh(logits, top, total):
+    """exp2(logits - new top), that top, and `total` with them; with the factor of what was before.
+
+    Where nothing was before, top and total are None, and so is the factor.
+    """
+    if top is None:
+        top, shrink = logits.max(axis=1), None
+    else:
+        top, before = jnp.maximum(top, logits.max(axis=1)), top
+        shrink = jnp.exp2(before - top)
+        total = total * shrink
+    weights = jnp.exp2(logits - over(top, logits.shape, 0))
+    sums = weights.sum(axis=1)
+    return shrink, weights, top, sums if shrink is None else total + sums
 
 
 def _results(dim: int, dtype) -> list:
@@ -168,17 +182,20 @@ def _finish(acc, top, total, index, outputs, result, sums) -> None:
 def _resident(q, k, v, *, scale: float, keys, interpret) -> tuple[jax.Array, jax.Array]:
     """`forward` with all keys of a head on chip while its queries pass."""
     batch, queries, heads, dim = q.shape
-    count, share, stages, shape = k.shape[1], heads // k.shape[2], 2, (HEIGHT, k.shape[1])
-    mask = () if keys is None else (jnp.where(keys, 0.0, HIDDEN).astype(jnp.float32),)
+    count, share = k.shape[1], heads // k.shape[2]
+    shape = HEIGHT, count
+    stages = 1 if count * dim > 128 * 128 else 2  # what shared memory holds beside the keys
+    mask = () if keys is None else (jnp.where(keys, 0.0, HIDDEN / (scale * LOG2E)),)
     tiles = queries // TILE
     each = _even(tiles, heads * batch)
     barrier = functools.partial(plgpu.Barrier, num_barriers=WARPGROUPS * stages)
     scratch = {
-        "whole": [shared((count, dim), x.dtype) for x in (k, v)],
+        "whole": shared((2, count, dim), k.dtype),
         "mask": [plgpu.SMEM((count,), jnp.float32) for _ in mask],
         "queries": shared((WARPGROUPS * stages, HEIGHT, dim), q.dtype),
         "loaded": plgpu.Barrier(num_arrivals=2 + len(mask)),
         "full": barrier(), "empty": barrier(),
+        "zero": plgpu.SMEM((WARPGROUPS, 128), jnp.int32),
         "out": _results(dim, v.dtype),
         "operand": spare((WARPGROUPS, *shape), v.dtype, interpret),
     }  # fmt: skip
@@ -195,21 +212,26 @@ def _resident(q, k, v, *, scale: float, keys, interpret) -> tuple[jax.Array, jax
         def _():
             plgpu.set_max_registers(REGISTERS["compute"], action="increase")
             plgpu.barrier_wait(s["loaded"])
-            result, sums, operand = (x.at[wg] for x in (*s["out"], *(s["operand"] or s["out"][:1])))
-            key, value = s["whole"]
+            s["zero"].at[wg][...] = jnp.zeros((128,), jnp.int32)
+            plgpu.commit_smem()
+            result, sums, *operand = (x.at[wg] for x in (*s["out"], *s["operand"]))
+            operand = operand[0] if operand else None
 
             def tile(i, _):
                 at = slot(i, wg)
                 plgpu.barrier_wait(s["full"].at[at])
-                logits = matmul(shape, (s["queries"].at[at], key.transpose((1, 0))))
+                # 0, which the compiler does not know, or it would keep descriptors of all of them
+                zero = s["zero"].at[wg][0]
+                key, value = s["whole"].at[zero], s["whole"].at[zero + 1]
+                product = s["queries"].at[at], key.transpose((1, 0))
+                if s["mask"]:
+                    hidden = over(plgpu.load(s["mask"][0], layout=COLUMNS), shape, 1)
+                    logits = add_matmul(hidden, product, interpret=interpret)
+                else:
+                    logits = matmul(shape, product)
                 plgpu.barrier_arrive(s["empty"].at[at])
-                logits = logits * (scale * LOG2E)
-                for hidden in s["mask"]:
-                    logits = logits + over(plgpu.load(hidden, layout=COLUMNS), shape, 1)
-                top = logits.max(axis=1)
-                weights = jnp.exp2(logits - over(top, shape, 0))
-                total = weights.sum(axis=1)
-                weights = left(weights.astype(v.dtype), operand if interpret is not None else None)
+                _, weights, top, total = _weigh(logits * (scale * LOG2E), None, None)
+                weights = left(weights.astype(v.dtype), operand)
                 acc = matmul((HEIGHT, dim), (weights, value))
                 index = batch, head, i * TILE + wg * HEIGHT
                 _finish(acc, top, total, index, outputs, result, sums)
@@ -222,7 +244,9 @@ def _resident(q, k, v, *, scale: float, keys, interpret) -> tuple[jax.Array, jax
         def _():
             plgpu.set_max_registers(REGISTERS["fetch"], action="decrease")
             group = lax.div(head, jnp.int32(share))
-            for ref, buffer in zip(whole, [*s["whole"], *s["mask"]], strict=True):
+            for ref, buffer in zip(
+                whole, [*(s["whole"].at[n] for n in range(2)), *s["mask"]], strict=True
+            ):
                 piece = part(ref, batch, group, 0, count)
                 plgpu.copy_gmem_to_smem(piece, buffer, s["loaded"])
 
@@ -303,7 +327,7 @@ def _dq(q, k, v, dout, lse, delta, *, scale, band: Band, ids, block: int, interp
         def step(at: Block, acc):
             key, *key_ids = at.wait(0)
             (value,) = at.wait(1)
-            logits, dweights = _two(
+            logits, dweights = _products(
                 shape, (query, key.transpose((1, 0))), (cotangent, value.transpose((1, 0)))
             )
             at.free(1)
@@ -313,7 +337,7 @@ def _dq(q, k, v, dout, lse, delta, *, scale, band: Band, ids, block: int, interp
             at.free(0)
             return acc
 
-        acc = loop(step, constant(0, (HEIGHT, dim)))
+        acc = loop(step, constant(0.0, (HEIGHT, dim)))
         store(result, acc * scale, part(outputs[0], *index[:3], HEIGHT))
 
     return run(
@@ -339,22 +363,22 @@ def _dkv(q, k, v, dout, lse, delta, *, scale, band: Band, ids, block: int, inter
 
         def step(at: Block, carry):
             dk, dv = carry
-            query, lse, *query_ids = at.wait(0)
+            query, lse, delta, *query_ids = at.wait(0)
             logits = matmul(shape, (key, query.transpose((1, 0)))) * (scale * LOG2E)
             lse = over(plgpu.load(lse, layout=COLUMNS), shape, 1)
             weights = jnp.exp2(at.hide(logits, numbers, query_ids) - lse)
-            cotangent, delta = at.wait(1)
+            (cotangent,) = at.wait(1)
             weights = weights.astype(q.dtype)  # half the registers, and what dv is made of
             dv = add_matmul(dv, (left(weights, operand), cotangent), interpret=interpret)
             dweights = matmul(shape, (value, cotangent.transpose((1, 0))))
-            delta = over(plgpu.load(delta, layout=COLUMNS), shape, 1)
             at.free(1)
+            delta = over(plgpu.load(delta, layout=COLUMNS), shape, 1)
             dlogits = (weights.astype(jnp.float32) * (dweights - delta)).astype(q.dtype)
             dk = add_matmul(dk, (left(dlogits, operand), query), interpret=interpret)
             at.free(0)
             return dk, dv
 
-        zero = constant(0, (HEIGHT, dim))
+        zero = constant(0.0, (HEIGHT, dim))
         dk, dv = loop(step, (zero, zero))
         for ref, value in zip(outputs, (dk * scale, dv), strict=True):
             ref = ref.at[index[3]] if splits > 1 else ref
@@ -363,15 +387,15 @@ def _dkv(q, k, v, dout, lse, delta, *, scale, band: Band, ids, block: int, inter
     dtype = jnp.float32 if splits > 1 else k.dtype
     lead = (splits,) if splits > 1 else ()
     dk, dv = run(
-        sweep, body, (k, v, *ids[1]), ((q, lse, *ids[0]), (dout, delta)), operand=q.dtype,
+        sweep, body, (k, v, *ids[1]), ((q, lse, delta, *ids[0]), (dout,)), operand=q.dtype,
         out=[shared((WARPGROUPS, HEIGHT, dim), dtype)],
         out_type=(jax.ShapeDtypeStruct((*lead, *k.shape), dtype),) * 2,
     )  # fmt: skip
     return [jnp.sum(x, axis=0).astype(k.dtype) if splits > 1 else x for x in (dk, dv)]
 
 
-def _two(shape: tuple[int, int], *pairs) -> tuple[jax.Array, jax.Array]:
-    """a @ b for each of two pairs, both on their way at once."""
+def _products(shape: tuple[int, int], *pairs) -> tuple[jax.Array, ...]:
+    """a @ b for each of several pairs, all on their way at once."""
 
     def run(*accumulators):
         for acc, (a, b) in zip(accumulators, pairs, strict=True):

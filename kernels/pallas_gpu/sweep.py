@@ -103,7 +103,12 @@ class Block(NamedTuple):
         return [buffer.at[self.slot] for buffer in self.ring["buffers"][group]]
 
     def free(self, group: int) -> None:
-        """Let the next columns into what `wait` gave."""
+        """Let the next columns into what `wait` gave.
+
+        A plain load is fenced from the copy that overwrites what it read; products need no fence.
+        """
+        if any(len(buffer.shape) == 2 for buffer in self.ring["buffers"][group]):
+            plgpu.commit_smem()
         plgpu.barrier_arrive(self.ring["empty"][group].at[self.slot])
 
     def hide(self, logits: jax.Array, rows: jax.Array | None, columns: list) -> jax.Array:
