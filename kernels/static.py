@@ -25,6 +25,8 @@ import importlib.util
 import json
 import os
 import re
+import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -43,7 +45,9 @@ BUDGET = HERE / "budget.json"
 LEEWAY = {"cycles": 1.02, "issued": 1.02, "outside": 1.02}
 """How far above its budget a figure may be, as a factor; other figures not at all."""
 DUMPS_ABORT = "AnalyzeBundles", "Static LLO profiling", "DumpStaticLloProfile"
-"""libtpu's estimator aborts the process on some kernels that compile well."""
+"""libtpu's estimator aborts the process on some kernels that compile well, or never ends."""
+PATIENCE = 120
+"""Seconds of a processor for one case: a compiler takes some 30."""
 
 
 class Chip(NamedTuple):
@@ -132,6 +136,7 @@ def compile_for(chip: Chip, case: Case, run: Pass) -> Any:
 
 def _child(chip: Chip, case: Case, run: Pass, folder: Path) -> None:
     """Compile, and leave report.json in the folder that the compiler dumps into."""
+    resource.setrlimit(resource.RLIMIT_CPU, (PATIENCE, PATIENCE + 5))
     try:
         compiled = compile_for(chip, case, run)
         gpu = chip.family == "hopper"
@@ -158,11 +163,12 @@ def examine(name: str, case: Case, run: Pass, *, bundles: bool = False) -> dict[
         report = folder / "report.json"
         if report.exists():
             return json.loads(report.read_text())
-    if not bundles and any(sign in done.stderr for sign in DUMPS_ABORT):
+    gave_up = done.returncode == -signal.SIGXCPU or any(s in done.stderr for s in DUMPS_ABORT)
+    if gave_up and chip.family == "tpu" and not bundles:
         return examine(name, case, run, bundles=True)
-    lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"^\S*(Error|Exception)\b|^RESOURCE", line)]
-    return {"failed": (errors or lines or [f"exit status {done.returncode}"])[-1][:400]}
+    return {"failed": (errors or lines or [f"it ended with {done.returncode}"])[-1][:400]}
 
 
 def complaints(key: str, said: Mapping[str, Any], budget: Mapping[str, Report] | None) -> list[str]:
