@@ -46,7 +46,7 @@ LEEWAY = {"cycles": 1.02, "issued": 1.02, "outside": 1.02}
 """How far above its budget a figure may be, as a factor; other figures not at all."""
 DUMPS_ABORT = "AnalyzeBundles", "Static LLO profiling", "DumpStaticLloProfile"
 """libtpu's estimator aborts the process on some kernels that compile well, or never ends."""
-PATIENCE = 120
+PATIENCE = 75
 """Seconds of a processor for one case: a compiler takes some 30."""
 
 
