@@ -2,8 +2,9 @@
 
     phi(x)_r = exp(<x, w_r> - offset),    offset = half |x|^2 + shift, of each token
 
-The weight [R, 64] stays in shared memory. Either x and y are features (to give values), or z is and
-the result passes through the features' derivative (to give gradients of what features are made of):
+The weight [R, 64], rounded to bfloat16 as all operands of products are, stays in shared memory;
+so rounded it is as good a random projection. Either x and y are features (to give values), or z is
+and the result passes through the features' derivative (to give gradients of what they are made of):
 
     values      p_ij = <phi(x_i), phi(y_j)>, S [R, 64]
     gradients   p_ij = <x_i, y_j>, S [64, R], and of d_i = sum_j p_ij phi(z_j) + read_i x_i S + ...,

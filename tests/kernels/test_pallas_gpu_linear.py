@@ -16,7 +16,7 @@ if VERSION < (0, 11, 2):
 
 from jax.experimental.pallas import mosaic_gpu as plgpu  # noqa: E402
 
-from kernels import fused_linear  # noqa: E402
+from kernels import Mask, fused_linear  # noqa: E402
 from kernels import reference as references  # noqa: E402
 from kernels.fused_linear import Projection, Ways  # noqa: E402
 from kernels.pallas_gpu import linear  # noqa: E402
@@ -27,6 +27,7 @@ from tests.kernels.compare import agree, arrays, both, mask_of  # noqa: E402
 CHUNK, BATCH = linear.CHUNK, 1
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 slow = pytest.mark.slow
+NONE = Mask()
 
 
 @pytest.fixture(autouse=True)
@@ -95,8 +96,9 @@ def features(x, projection, shift):
 
 def projection_of(q, k, rank: int) -> Projection:
     dim = q.shape[-1]
+    """With a weight that bfloat16 holds: the kernels round it to that."""
     weight = np.random.default_rng(3).standard_normal((rank, dim)) * dim**-0.25
-    weight, half = jnp.asarray(weight, jnp.float32), 0.5 * dim**-0.5
+    weight, half = jnp.asarray(weight, jnp.bfloat16).astype(jnp.float32), 0.5 * dim**-0.5
     return Projection(
         weight, half, *(linear.log_scale(x, weight, half, interpret=INTERPRET) for x in (q, k))
     )
@@ -288,13 +290,13 @@ def test_odd_lengths(length, mask):
         name: a[:1] if isinstance(a, np.ndarray) else a for name, a in mask_of(mask, length).items()
     }
 
-    def linear_of(q, k, v, *, log_scale, mask):
+    def linear_of(q, k, v, *, log_scale, mask=NONE):
         how = {"features": None, "log_scale": log_scale, "mask": mask, "chunk": 128}
         with use("hopper", INTERPRET):
             assert fused_linear.refuse_linear(q, k, v, **how) is None
             return fused_linear.linear(q, k, v, **how)
 
-    def exact(q, k, v, *, log_scale, mask):
+    def exact(q, k, v, *, log_scale, mask=NONE):
         q, k = (jnp.repeat(x, 2 // x.shape[2], axis=2) for x in (q, k))
         scale = jnp.repeat(log_scale, 2, axis=2)
         return references.linear_attention(q, k, v, log_scale=scale, mask=mask)
