@@ -15,7 +15,7 @@ from kernels.fused_softmax import RESIDENT, Tiles, Window
 
 LANES = 128
 LARGEST = 1024
-"""Queries in a block, at most."""
+"""Queries in a block, at most, of bfloat16."""
 PIECE = 512
 """Keys, or in the gradient of keys queries, of a block that are taken at once: while one piece is
 exponentiated, the next is multiplied."""
@@ -233,17 +233,17 @@ def plan(q, k, *, scale, causal, window: Window, segments, keys, tiles: Tiles, i
 
 
 def tiles(q, k, *, causal: bool, window: Window, resident: bool) -> Tiles:
-    """Queries and keys in a block."""
-    queries, keys = q.shape[1], k.shape[1]
+    """Queries and keys in a block; a product of float32 is six of bfloat16, and as long code."""
+    queries, keys, most = q.shape[1], k.shape[1], 2 * LARGEST // q.dtype.itemsize
     if resident and keys <= RESIDENT:
-        return Tiles(_even(queries, LARGEST), _even(keys, RESIDENT))
+        return Tiles(_even(queries, most), _even(keys, RESIDENT))
     if window is not None:
-        size = _even(queries, max(256, min(LARGEST, -(-max(window) // 256) * 256)))
+        size = _even(queries, max(256, min(most, -(-max(window) // 256) * 256)))
         return Tiles(size, size)
     if queries == keys:
-        size = _even(queries, LARGEST)
+        size = _even(queries, most)
         return Tiles(size, size * (2 if -(-queries // size) % 2 == 0 and not causal else 1))
-    return Tiles(_even(queries, LARGEST), _even(keys, 2 * LARGEST))
+    return Tiles(_even(queries, most), _even(keys, 2 * most))
 
 
 def _even(length: int, most: int) -> int:
