@@ -358,12 +358,11 @@ def _dkv(q, k, v, dout, lse, delta, *, scale, band: Band, ids, block: int, inter
     )  # fmt: skip
 
     def body(rows, loop, index, outputs, scratch):
-        key, value, *key_ids = rows
-        numbers, (result, operand) = _numbers(key_ids), scratch
+        numbers, (result, operand) = _numbers(rows[2:]), scratch
 
         def step(at: Block, carry):
             dk, dv = carry
-            query, lse, delta, *query_ids = at.wait(0)
+            (key, value, *_), (query, lse, delta, *query_ids) = at.rows(), at.wait(0)
             logits = matmul(shape, (key, query.transpose((1, 0)))) * (scale * LOG2E)
             lse = over(plgpu.load(lse, layout=COLUMNS), shape, 1)
             weights = jnp.exp2(at.hide(logits, numbers, query_ids) - lse)

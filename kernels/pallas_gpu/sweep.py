@@ -96,11 +96,19 @@ class Block(NamedTuple):
     cut: bool
     ring: Any
     places: Any
+    again: Callable[[], list]
 
     def wait(self, group: int) -> list:
         """The references of one group of streamed arrays, once they are there."""
         plgpu.barrier_wait(self.ring["full"][group].at[self.slot])
         return [buffer.at[self.slot] for buffer in self.ring["buffers"][group]]
+
+    def rows(self) -> list:
+        """The references of the rows, where the compiler cannot foresee that they are the same.
+
+        Else it keeps a descriptor for every 16 columns of them in registers, all through the loop.
+        """
+        return self.again()
 
     def free(self, group: int) -> None:
         """Let the next columns into what `wait` gave.
@@ -175,6 +183,7 @@ def run(sweep: Sweep, body: Callable, resident, streamed, *, out_type, out, oper
         },
         "out": out,
         "places": plgpu.SMEM((WARPGROUPS, sweep.block), jnp.int32),
+        "zero": plgpu.SMEM((WARPGROUPS, 128), jnp.int32),
         "operand": spare((WARPGROUPS, HEIGHT, sweep.block), operand, sweep.interpret),
     }
     inputs, tree = jax.tree.flatten((tuple(resident), tuple(streamed)))
@@ -209,17 +218,20 @@ def run(sweep: Sweep, body: Callable, resident, streamed, *, out_type, out, oper
         @pl.when(wg < WARPGROUPS)
         def _():
             plgpu.set_max_registers(REGISTERS["compute"], action="increase")
-            places = scratch["places"].at[wg]
-            if sweep.band != Band():
-                places[...] = plgpu.broadcasted_iota(jnp.int32, (sweep.block,), 0, layout=COLUMNS)
-                plgpu.commit_smem()
+            places, zero = scratch["places"].at[wg], scratch["zero"].at[wg]
+            places[...] = plgpu.broadcasted_iota(jnp.int32, (sweep.block,), 0, layout=COLUMNS)
+            zero[...] = jnp.zeros((128,), jnp.int32)
+            plgpu.commit_smem()
+
+            def again():
+                return [buffer.at[wg + zero[0]] for buffer in scratch["rows"]]
 
             def tile(i, at, taken, start, stop):
                 row = at + wg * HEIGHT
                 plgpu.barrier_wait(scratch["ready"].at[wg])
                 rows = [buffer.at[wg] for buffer in scratch["rows"]]
                 loop = functools.partial(
-                    _loop, sweep, scratch["ring"], places, taken, row, start, stop
+                    _loop, sweep, scratch["ring"], places, again, taken, row, start, stop
                 )
                 spares = [buffer.at[wg] for buffer in scratch["operand"]]
                 out = [buffer.at[wg] for buffer in scratch["out"]]
@@ -247,7 +259,7 @@ def run(sweep: Sweep, body: Callable, resident, streamed, *, out_type, out, oper
     )(*inputs)
 
 
-def _loop(sweep: Sweep, ring, places, taken, row, start, stop, step: Callable, carry):
+def _loop(sweep: Sweep, ring, places, again, taken, row, start, stop, step: Callable, carry):
     """carry = step(block, carry) over the columns of the rows [row, row + HEIGHT)."""
     parts = [(start, stop, sweep.band != Band())]
     if not sweep.ids:  # with numbers every block is masked anyway
@@ -259,7 +271,9 @@ def _loop(sweep: Sweep, ring, places, taken, row, start, stop, step: Callable, c
 
             def one(j, carry, cut=cut):
                 slot = lax.rem(before + j, jnp.int32(sweep.stages))
-                return step(Block(sweep, slot, row, j * sweep.block, cut, ring, places), carry)
+                return step(
+                    Block(sweep, slot, row, j * sweep.block, cut, ring, places, again), carry
+                )
 
             carry = lax.fori_loop(first, last, one, carry)
         return carry
