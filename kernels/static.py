@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -236,6 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--passes", nargs="*", default=["training"], choices=shapes.PASSES)
     parser.add_argument("--check", action="store_true", help="fail on a spill or above the budget")
     parser.add_argument("--write", action="store_true", help="put the figures into budget.json")
+    parser.add_argument("--jobs", type=int, default=1, help="cases compiled side by side")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     name, chip = options.target, CHIPS[options.target]
@@ -247,26 +249,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(why, file=sys.stderr)
         return 2
     version = f"jax {jax.__version__}"
-    kept = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
-    budget = kept.get(name, {}).get(version)
+    budget = None if options.write else _budget().get(name, {}).get(version)
     if options.check and budget is None:
-        print(f"the budget has no figures of {name} with {version}: spills alone are checked")
-    wrong, made = [], {}
-    for case in shapes.SHIPPED:
-        if not re.search(options.only, case.name):
-            continue
-        for run in options.passes:
-            key, said = f"{case.name}, {run}", examine(name, case, run)
+        print(f"no figures of {name} with {version} to compare with: spills alone are checked")
+    work = [(c, r) for c in shapes.SHIPPED if re.search(options.only, c.name)
+            for r in options.passes]  # fmt: skip
+    wrong, compiled = [], 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = pool.map(lambda pair: examine(name, *pair), work)
+        for (case, run), said in zip(work, results, strict=True):
+            key = f"{case.name}, {run}"
             print("\n".join(lines(chip, case, run, said)), flush=True)
-            wrong += complaints(key, said, budget if not options.write else None)
-            if "kernels" in said:
-                made[key] = said["kernels"]
-    if options.write:
-        kept.setdefault(name, {}).setdefault(version, {}).update(made)
-        BUDGET.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+            wrong += complaints(key, said, budget)
+            compiled += "kernels" in said
+            if options.write and "kernels" in said:
+                _keep(name, version, key, said["kernels"])
     if options.check:
-        print("\n".join(wrong) or f"{len(made)} compiled, nothing to complain of")
+        print("\n".join(wrong) or f"{compiled} compiled, nothing to complain of")
     return 1 if options.check and wrong else 0
+
+
+def _budget() -> dict[str, Any]:
+    """Target -> version of jax -> case and pass -> Report."""
+    return json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
+
+
+def _keep(name: str, version: str, key: str, report: Report) -> None:
+    kept = _budget()
+    kept.setdefault(name, {}).setdefault(version, {})[key] = report
+    BUDGET.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

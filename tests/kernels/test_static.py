@@ -172,6 +172,32 @@ def test_a_compiler_that_is_missing_is_said_with_the_remedy(monkeypatch, capsys)
     assert 'pip install "jax[tpu]' in capsys.readouterr().err
 
 
+@pytest.fixture
+def compiled(monkeypatch, tmp_path):
+    """Compilers that say the same of every case, and a budget of their own."""
+    monkeypatch.setattr(static, "missing", lambda chip: None)
+    monkeypatch.setattr(static, "BUDGET", tmp_path / "budget.json")
+    figures = dict(KERNEL)
+    report = {"kernels": {"body_0": figures, "": {"temporary": 7}}}
+    monkeypatch.setattr(static, "examine", lambda name, case, run: report)
+    return figures
+
+
+def test_written_figures_are_kept_and_a_later_spill_or_growth_fails(compiled, capsys):
+    only = ["--target", "h200", "--only", "^favor_attention causal"]
+    assert static.main([*only, "--check"]) == 0
+    assert "spills alone" in capsys.readouterr().out
+    assert static.main([*only, "--write", "--jobs", "2"]) == 0
+    assert static.main([*only, "--check"]) == 0
+    assert "2 compiled, nothing to complain of" in capsys.readouterr().out
+    compiled["shared"] += 1
+    assert static.main([*only, "--check"]) == 1
+    assert "shared 147,457, the budget is 147,456" in capsys.readouterr().out
+    compiled["spill"] = 4
+    assert static.main([*only, "--write", "--check"]) == 1
+    assert "4 bytes spilled" in capsys.readouterr().out
+
+
 def test_the_budget_has_no_spill_and_knows_its_cases():
     kept = json.loads(static.BUDGET.read_text())
     known = {f"{case.name}, {run}" for case in shapes.SHIPPED for run in shapes.PASSES}
