@@ -27,6 +27,8 @@ LANES = 128
 CHUNKS = (512, 256, 128)
 LARGEST = 512
 """The most features or channels of a head, and of the heads of a block together twice as many."""
+BESIDE = (4, 2, 1)
+"""Heads of 128 channels to a block where nothing is scaled; steps fill each other's waits."""
 PACKED = 8
 """The most heads of a block."""
 VECTORS = ("row", "col", "start", "end", "keep", "segment", "inv_den", "r")
@@ -77,13 +79,14 @@ def log_scale(x, weight, half: float, *, interpret=None):
 def forward(q, k, v, ways, *, state, projection, normalise: bool, chunk: int, interpret=None):
     """See `kernels.fused_linear`."""
     plan = _plan((q, k, v), projection, chunk, ways)
+    if ways is None and projection is None:
+        plan = plan._replace(packed=max(plan.packed, _beside(plan.heads, (q, k, v))))
 
     def body(at):
         _begin(at, plan)
-        out = jnp.zeros(at.out.shape, f32)
-        v = at.v[...]
+        outs = []
         for a in range(plan.packed):
-            vectors = _Vectors(plan, at, a, False)
+            vectors, v = _Vectors(plan, at, a, False), _lanes(plan, at.v[...], a)
             q, k = (_features(plan, at, name, a) for name in "qk")
             weights = jnp.where(vectors.seen(), _dot(q, k, 1, 1) * vectors.within(), 0.0)
             num = _dot(weights.astype(v.dtype), v, 1, 0)
@@ -93,10 +96,10 @@ def forward(q, k, v, ways, *, state, projection, normalise: bool, chunk: int, in
                 den = jnp.sum(weights, axis=1, keepdims=True) + vectors.col("start") * read
                 at.den[a] = jnp.transpose(den)
                 num *= _inverse(den)
-            out = _choose(plan, out, num, a)
+            outs.append(num)
             entering = _times(vectors.col("end"), k)
             _absorb(at, a, vectors.keep(), entering, v, normalise)
-        at.out[...] = out.astype(at.out.dtype)
+        at.out[...] = _chosen(plan, outs).astype(at.out.dtype)
         _end(at, plan)
 
     ins = _tokens(plan, q=q, k=k, v=v) | _ways_in(plan, ways) | _given(plan, projection, q, "qk")
@@ -123,10 +126,9 @@ def backward(
 
     def queries(at):
         _begin(at, plan)
-        dq = jnp.zeros(at.dq.shape, f32)
-        v = at.v[...]
+        dq = []
         for a in range(plan.packed):
-            vectors = _Vectors(plan, at, a, normalise)
+            vectors, v = _Vectors(plan, at, a, normalise), _lanes(plan, at.v[...], a)
             k, dout = _features(plan, at, "k", a), _head(plan, at.dout[...], a)
             within = _dot(dout, v, 1, 1) * vectors.col("inv_den") + vectors.col("r")
             within = jnp.where(vectors.seen(), within * vectors.within(), 0.0).astype(v.dtype)
@@ -138,11 +140,11 @@ def backward(
                 phi = _features(plan, at, "q", a).astype(f32)
                 dot = jnp.sum(phi * dphi, axis=1, keepdims=True)
                 at.q_dq[a] = jnp.transpose(dot)
-                dphi = _through(plan, at, at.q[...], phi, dphi, dot)
-            dq = _gather(plan, dq, dphi, a)
+                dphi = _through(plan, at, _lanes(plan, at.q[...], a), phi, dphi, dot)
+            dq.append(dphi)
             entering = _times(vectors.col("end"), k)
             _absorb(at, a, vectors.keep(), entering, v, normalise)
-        at.dq[...] = dq.astype(at.dq.dtype)
+        at.dq[...] = _gathered(plan, dq).astype(at.dq.dtype)
 
     ins = _tokens(plan, k=k, v=v, dout=dout, **({"q": q} if reads_q else {}))
     outs: dict[str, Any] = {"dq": _wide(plan, q.dtype, q.shape[3])}
@@ -155,16 +157,15 @@ def backward(
 
     def keys(at):
         _begin(at, plan)
-        dk, dv = jnp.zeros(at.dk.shape, f32), jnp.zeros(at.dv.shape, f32)
-        v = at.v[...]
+        dk, dv = [], []
         for a in range(plan.packed):
-            vectors = _Vectors(plan, at, a, normalise)
+            vectors, v = _Vectors(plan, at, a, normalise), _lanes(plan, at.v[...], a)
             q, k = (_features(plan, at, name, a) for name in "qk")
             dout, inverse = _head(plan, at.dout[...], a), vectors.line("inv_den")
             seen, within = vectors.seen_back(), vectors.within_back()
             weights = jnp.where(seen, _dot(k, q, 1, 1) * within * inverse, 0.0)
             end, held = vectors.col("end"), at.sums[a].astype(v.dtype)
-            dv += _dot(weights.astype(v.dtype), dout, 1, 0) + end * _dot(k, held, 1, 0)
+            dv.append(_dot(weights.astype(v.dtype), dout, 1, 0) + end * _dot(k, held, 1, 0))
             grads = (_dot(v, dout, 1, 1) * inverse + vectors.line("r")) * within
             grads = jnp.where(seen, grads, 0.0).astype(v.dtype)
             read = _dot(v, held, 1, 1)
@@ -174,15 +175,15 @@ def backward(
             phi = k.astype(f32)
             dot = jnp.sum(phi * dphi, axis=1, keepdims=True)
             at.k_dk[a] = jnp.transpose(dot)
-            dk = _gather(plan, dk, _through(plan, at, at.k[...], phi, dphi, dot), a)
+            dk.append(_through(plan, at, _lanes(plan, at.k[...], a), phi, dphi, dot))
             keep, start = vectors.keep(), vectors.col("start")
             reading = _times(start * vectors.col("inv_den"), q)
             at.sums[a] = keep * at.sums[a] + _dot(reading, dout, 0, 0)
             if normalise:
                 total = start * vectors.col("r") * q.astype(f32)
                 at.norm[a] = keep * at.norm[a] + jnp.sum(total, axis=0, keepdims=True)
-        at.dk[...] = dk.astype(at.dk.dtype)
-        at.dv[...] = dv.astype(at.dv.dtype)
+        at.dk[...] = _gathered(plan, dk).astype(at.dk.dtype)
+        at.dv[...] = _added(plan, dv).astype(at.dv.dtype)
         _end(at, plan)
 
     back = plan._replace(backwards=True)
@@ -209,7 +210,7 @@ def sums(k, v, *, end, projection, chunk: int, interpret=None):
         _begin(at, plan)
         for a in range(plan.packed):
             entering = _times(_end_of(at, a), _features(plan, at, "k", a))
-            _absorb(at, a, 1.0, entering, at.v[...], True)
+            _absorb(at, a, 1.0, entering, _lanes(plan, at.v[...], a), True)
         _end(at, plan)
 
     ins = _tokens(plan, k=k, v=v) | _lines(plan, end=end) | _given(plan, projection, k, "k")
@@ -225,7 +226,7 @@ def read(q, sums, norm, *, projection, normalise: bool, chunk: int, interpret=No
     plan = _plan((q, values), projection, chunk)
 
     def body(at):
-        out = jnp.zeros(at.out.shape, f32)
+        outs = []
         for a in range(plan.packed):
             q = _features(plan, at, "q", a)
             num = _dot(q, at.state_sums[a].astype(q.dtype), 1, 0)
@@ -233,8 +234,8 @@ def read(q, sums, norm, *, projection, normalise: bool, chunk: int, interpret=No
                 den = jnp.sum(q.astype(f32) * at.state_norm[a], axis=1, keepdims=True)
                 at.den[a] = jnp.transpose(den)
                 num *= _inverse(den)
-            out = _choose(plan, out, num, a)
-        at.out[...] = out.astype(at.out.dtype)
+            outs.append(num)
+        at.out[...] = _chosen(plan, outs).astype(at.out.dtype)
 
     ins = _tokens(plan, q=q) | _given(plan, projection, q, "q") | _state_in(plan, (sums, norm))
     outs: dict[str, Any] = {"out": _wide(plan, q.dtype, plan.dim)}
@@ -251,17 +252,17 @@ def read_backward(q, sums, norm, *, dout, inv_den, r, projection, chunk: int, in
 
     def body(at):
         _begin(at, plan, given=False)
-        dq = jnp.zeros(at.dq.shape, f32)
+        dq = []
         for a in range(plan.packed):
             q, dout = _features(plan, at, "q", a), _head(plan, at.dout[...], a)
             inverse, r = (jnp.transpose(at.lines[a, i : i + 1]) for i in (0, 1))
             read = _dot(dout, at.state_sums[a].astype(q.dtype), 1, 1)
             dphi, phi = read * inverse + r * at.state_norm[a], q.astype(f32)
             dot = jnp.sum(phi * dphi, axis=1, keepdims=True)
-            dq = _gather(plan, dq, _through(plan, at, at.q[...], phi, dphi, dot), a)
+            dq.append(_through(plan, at, _lanes(plan, at.q[...], a), phi, dphi, dot))
             at.sums[a] += _dot(_times(inverse, q), dout, 0, 0)
             at.norm[a] += jnp.sum(r * phi, axis=0, keepdims=True)
-        at.dq[...] = dq.astype(at.dq.dtype)
+        at.dq[...] = _gathered(plan, dq).astype(at.dq.dtype)
         _end(at, plan)
 
     ins = _tokens(plan, q=q, dout=dout) | _lines(plan, inv_den=inv_den, r=r)
@@ -276,18 +277,17 @@ def sums_backward(k, v, dsums, dnorm, *, end, projection, chunk: int, interpret=
     plan = _plan((k, v), projection, chunk)
 
     def body(at):
-        dk, dv = jnp.zeros(at.dk.shape, f32), jnp.zeros(at.dv.shape, f32)
-        v = at.v[...]
+        dk, dv = [], []
         for a in range(plan.packed):
-            k, end = _features(plan, at, "k", a), _end_of(at, a)
+            k, v, end = _features(plan, at, "k", a), _lanes(plan, at.v[...], a), _end_of(at, a)
             held = at.state_sums[a].astype(v.dtype)
-            dv += end * _dot(k, held, 1, 0)
+            dv.append(end * _dot(k, held, 1, 0))
             dphi, phi = end * (_dot(v, held, 1, 1) + at.state_norm[a]), k.astype(f32)
             dot = jnp.sum(phi * dphi, axis=1, keepdims=True)
             at.k_dk[a] = jnp.transpose(dot)
-            dk = _gather(plan, dk, _through(plan, at, at.k[...], phi, dphi, dot), a)
-        at.dk[...] = dk.astype(at.dk.dtype)
-        at.dv[...] = dv.astype(at.dv.dtype)
+            dk.append(_through(plan, at, _lanes(plan, at.k[...], a), phi, dphi, dot))
+        at.dk[...] = _gathered(plan, dk).astype(at.dk.dtype)
+        at.dv[...] = _added(plan, dv).astype(at.dv.dtype)
 
     ins = _tokens(plan, k=k, v=v) | _lines(plan, end=end) | _given(plan, projection, k, "k")
     outs = {
@@ -316,9 +316,14 @@ class _Plan(NamedTuple):
     backwards: bool = False
 
     @property
+    def shared(self) -> int:
+        """Heads that have lanes in common, as a block of 128 has: all of a block's, or 1."""
+        return 1 if self.depth % LANES == 0 and self.dim % LANES == 0 else self.packed
+
+    @property
     def rows(self) -> int:
-        """Of a head's S: features, or the channels of all heads of its block."""
-        return self.rank or self.packed * self.depth
+        """Of a head's S: features, or the channels of all heads that share its lanes."""
+        return self.rank or self.shared * self.depth
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -331,6 +336,14 @@ def _packed(heads: int, *channels: int) -> int:
         if heads % n == 0 and not any(n * c % LANES for c in channels):
             return n
     return heads
+
+
+def _beside(heads: int, arrays) -> int:
+    """Heads of a block that share no lanes, forward: more than one where all is known to fit."""
+    like = (heads, LANES, jnp.bfloat16)
+    if any((*x.shape[2:], x.dtype) != like for x in arrays):
+        return 1
+    return next(n for n in BESIDE if heads % n == 0)
 
 
 def _plan(arrays, projection: Projection | None, chunk: int, ways: Ways | None = None) -> _Plan:
@@ -472,7 +485,7 @@ def _weights(plan: _Plan, weight, like) -> dict[str, _Array]:
 
     The parts' sum has 16 bits of mantissa: logits are exponentiated, 8 would be off by percents.
     """
-    weight = jnp.tile(weight.astype(f32), (1, plan.packed))
+    weight = jnp.tile(weight.astype(f32), (1, plan.shared))
     if like.dtype == f32:
         parts = weight[None]
     else:
@@ -488,7 +501,7 @@ def _state_in(plan: _Plan, state) -> dict[str, _Array]:
     state = [jnp.repeat(x, plan.heads // x.shape[1], axis=1) for x in state]
     sums, norm = (rearrange(x, "b (p n) ... -> b p n ...", n=plan.packed) for x in state)
     norm = norm[:, :, :, None]
-    if plan.packed > 1:
+    if plan.shared > 1:
         places = [_place(plan, a) for a in range(plan.packed)]
         sums = jnp.stack([jnp.pad(sums[:, :, a], [(0, 0), (0, 0), *_outside(plan, *p)])
                           for a, p in enumerate(places)], 2)  # fmt: skip
@@ -499,6 +512,8 @@ def _state_in(plan: _Plan, state) -> dict[str, _Array]:
 
 def _place(plan: _Plan, a: int) -> tuple[slice, slice]:
     """The rows and lanes of S that are head a's own."""
+    if plan.shared == 1:
+        return slice(None), slice(None)
     rows = slice(None) if plan.rank else slice(a * plan.depth, (a + 1) * plan.depth)
     return rows, slice(a * plan.dim, (a + 1) * plan.dim)
 
@@ -515,7 +530,7 @@ def _state(plan: _Plan, x) -> _Array:
 
 def _state_out(plan: _Plan) -> dict[str, _Array]:
     batch, blocks = plan.grid[:2]
-    shapes = {"left_sums": (plan.rows, plan.packed * plan.dim), "left_norm": (1, plan.rows)}
+    shapes = {"left_sums": (plan.rows, plan.shared * plan.dim), "left_norm": (1, plan.rows)}
     return {
         name: _state(plan, jax.ShapeDtypeStruct((batch, blocks, plan.packed, *x), f32))
         for name, x in shapes.items()
@@ -524,7 +539,7 @@ def _state_out(plan: _Plan) -> dict[str, _Array]:
 
 def _state_scratch(plan: _Plan) -> dict[str, Any]:
     return {
-        "sums": pltpu.VMEM((plan.packed, plan.rows, plan.packed * plan.dim), f32),
+        "sums": pltpu.VMEM((plan.packed, plan.rows, plan.shared * plan.dim), f32),
         "norm": pltpu.VMEM((plan.packed, 1, plan.rows), f32),
     }
 
@@ -624,21 +639,42 @@ def _own(plan: _Plan, width: int, a: int):
     return (lanes >= a * each) & (lanes < (a + 1) * each)
 
 
+def _lanes(plan: _Plan, x, a: int):
+    """The lanes of a block that hold head a, and the heads that share them."""
+    if plan.shared > 1 or plan.packed == 1:
+        return x
+    width = x.shape[1] // plan.packed
+    return x[:, a * width : (a + 1) * width]
+
+
 def _head(plan: _Plan, x, a: int):
-    """Head a of a block, the other heads' lanes 0."""
-    if plan.packed == 1:
+    """Head a of a block; other heads' lanes, where it shares them, are 0."""
+    x = _lanes(plan, x, a)
+    if plan.shared == 1:
         return x
     return jnp.where(_own(plan, x.shape[1], a), x.astype(f32), 0.0).astype(x.dtype)
 
 
-def _choose(plan: _Plan, out, x, a: int):
-    """`out` with head a's lanes taken from x."""
-    return x if plan.packed == 1 else jnp.where(_own(plan, x.shape[1], a), x, out)
+def _chosen(plan: _Plan, parts):
+    """A block out of what was made for each head, of which its own lanes are good."""
+    if plan.shared == 1:
+        return jnp.concatenate(parts, axis=1)
+    out = parts[0]
+    for a, x in enumerate(parts[1:], 1):
+        out = jnp.where(_own(plan, x.shape[1], a), x, out)
+    return out
 
 
-def _gather(plan: _Plan, out, x, a: int):
-    """`out` with head a's gradient; of a head that is features, other lanes are 0 already."""
-    return _choose(plan, out, x, a) if plan.rank else out + x
+def _added(plan: _Plan, parts):
+    """A block out of what was made for each head and is 0 in others' lanes."""
+    if plan.shared == 1:
+        return jnp.concatenate(parts, axis=1)
+    return functools.reduce(jnp.add, parts)
+
+
+def _gathered(plan: _Plan, parts):
+    """The gradient of a block of heads; features' is 0 in others' lanes already."""
+    return _chosen(plan, parts) if plan.rank else _added(plan, parts)
 
 
 def _times(factor, x):

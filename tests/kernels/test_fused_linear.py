@@ -206,7 +206,10 @@ def test_no_later_key_has_a_say():
     assert (here[:, 77] != there[:, 77]).any()
 
 
-@pytest.mark.parametrize("op", [pytest.param("linear", marks=slow), "favor", "gated"])
+@pytest.mark.parametrize(
+    "op",
+    [pytest.param("linear", marks=slow), "linear, heads beside each other", "favor", "gated"],
+)
 def test_bfloat16_is_a_rounding_away(op):
     if op == "gated":
         given = decaying(150, heads=2, dim=64)
@@ -216,6 +219,9 @@ def test_bfloat16_is_a_rounding_away(op):
         result = both(call, expected, given, mask_of("all", 150), dtype=jnp.bfloat16)
     elif op == "linear":
         given, mask = features(150, dim=64, scale=1.0), mask_of("all", 150)
+        result = both(linear, reference.linear_attention, given, mask, dtype=jnp.bfloat16)
+    elif op == "linear, heads beside each other":
+        given, mask = features(257, batch=4, heads=4, dim=128), mask_of("causal", 257)
         result = both(linear, reference.linear_attention, given, mask, dtype=jnp.bfloat16)
     else:
         given, options = queries(150), {"weight": rows(256, 64)}
@@ -316,6 +322,7 @@ def simulated(op, given, mask, **options):
             got = jax.tree.map(np.asarray, out)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(out), strict=True):
         assert np.isfinite(a).all()
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -339,6 +346,13 @@ def test_the_simulator_of_tpu_runs_gated(races):
     given = jax.tree.map(jnp.asarray, decaying(140, batch=1))
     state = jnp.asarray(arrays(3, s=(1, 2, 32, 32))["s"])
     simulated(together(gated), given | {"initial_state": state}, CAUSAL)
+
+
+@slow
+def test_the_simulator_of_tpu_runs_heads_beside_each_other(races):
+    given = features(140, batch=1, heads=2, dim=128)
+    given = {name: jnp.asarray(x, jnp.bfloat16) for name, x in given.items()}
+    simulated(linear, given, CAUSAL)
 
 
 @slow
