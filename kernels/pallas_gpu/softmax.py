@@ -185,7 +185,8 @@ def _resident(q, k, v, *, scale: float, keys, interpret) -> tuple[jax.Array, jax
     count, share = k.shape[1], heads // k.shape[2]
     shape = HEIGHT, count
     stages = 1 if count * dim > 128 * 128 else 2  # what shared memory holds beside the keys
-    mask = () if keys is None else (jnp.where(keys, 0.0, HIDDEN / (scale * LOG2E)),)
+    hidden = HIDDEN / (scale * LOG2E)
+    mask = () if keys is None else (jnp.where(keys, 0.0, hidden).astype(jnp.float32),)
     tiles = queries // TILE
     each = _even(tiles, heads * batch)
     barrier = functools.partial(plgpu.Barrier, num_barriers=WARPGROUPS * stages)
