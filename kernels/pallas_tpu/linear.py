@@ -483,7 +483,7 @@ def _given(plan: _Plan, projection: Projection | None, like, names: str) -> dict
 def _weights(plan: _Plan, weight, like) -> dict[str, _Array]:
     """The projection beside itself for every head of a block; in two parts where x is bfloat16.
 
-    The parts' sum has 16 bits of mantissa: logits are exponentiated, 8 would be off by percents.
+    The parts' sum has 16 bits of mantissa: what a logit is off by, its feature is off by in parts.
     """
     weight = jnp.tile(weight.astype(f32), (1, plan.shared))
     if like.dtype == f32:
