@@ -25,18 +25,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels.pallas_gpu import plan as plans
 from kernels.pallas_gpu import stream
+from kernels.pallas_gpu.plan import CHUNK, FILL, MEMORY, WIDTH, WORKERS, Role
 from kernels.pallas_gpu.stream import (
-    CHUNK,
     COMPUTING,
     FEEDING,
-    FILL,
     LEAST,
-    MEMORY,
     PARAMS,
-    WIDTH,
-    WORKERS,
-    Role,
     by_column,
     by_row,
     vector_of,
@@ -125,8 +121,8 @@ def _run(
         segments=segments is not None, state=state is not None, rank=weight.shape[0], half=half,
     )  # fmt: skip
     assert plan.bytes <= MEMORY, plan
-    inputs = {"x": x, "y": y, "z": z, "own": own, "vectors": stream.pack(given, plan)}
-    inputs["fill"] = stream.halves(fill, plan) if "fill" in plan.loads else None
+    inputs = {"x": x, "y": y, "z": z, "own": own, "vectors": plans.pack(given, plan)}
+    inputs["fill"] = plans.halves(fill, plan) if "fill" in plan.loads else None
     inputs["segments"] = segments
     inputs["numbers"] = jnp.arange(CHUNK, dtype=jnp.int32)
     inputs["S0"], inputs["n0"] = state if state is not None else (None, None)
@@ -149,7 +145,7 @@ def _run(
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan(stream.Plan):
+class Plan(plans.Plan):
     """The sizes of one call."""
 
     rank: int

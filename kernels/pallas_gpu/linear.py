@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels.pallas_gpu.favor import favor, half_square, log_scale
-from kernels.pallas_gpu.stream import CHUNK, Role, stream
+from kernels.pallas_gpu.plan import CHUNK, Role
+from kernels.pallas_gpu.stream import stream
 
 DEPTHS = (64, 128)
 """Channels of a head that the kernels take."""
