@@ -191,8 +191,12 @@ def line(row: Row) -> str:
     head = f"{row['case']:58s} {row.get('pass', ''):9s} {row['by']:8s}"
     if "skipped" in row:
         return f"{head} {row['skipped']}"
-    rates = f"{row['bytes_per_second'] / 1e9:8.1f} GB/s {row['flops_per_second'] / 1e12:7.2f} TF/s"
-    return f"{head} {row['ms']:10.3f} ms {rates} {100 * row['of_bound']:4.0f} % of the bound"
+    return f"{head} {row['ms']:10.3f} ms {_rates(row)} {100 * row['of_bound']:4.0f} % of the bound"
+
+
+def _rates(row: Row) -> str:
+    moved, worked = row["bytes_per_second"] / 1e9, row["flops_per_second"] / 1e9
+    return f"{moved:8,.1f} GB/s {worked:10,.1f} GFLOP/s"
 
 
 def started(folder: Path, clock: Timer) -> tuple[Path, Row]:
@@ -214,7 +218,7 @@ def run(cases: Sequence[Case], folder: Path, minutes: float) -> int:
     end, clock = time.monotonic() + 60 * minutes, timer()
     path, kept = started(folder, clock)
     print(f"{kept['device']}, {kept['versions']}, commit {kept['commit']}; time: {kept['timer']}")
-    print({k: f"{v:.3g}" for k, v in kept["ceilings"].items()}, flush=True)
+    print(f"ceilings, by a copy and a matrix product: {_rates(kept['ceilings'])}", flush=True)
     done = {(row["case"], row["by"]) for row in kept["rows"]}
     todo = [(c, n) for c in cases for n in (*OURS, *rivals.of(c)) if (c.name, n) not in done]
     before: Case | None = None
