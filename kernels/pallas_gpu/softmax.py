@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.fused_softmax import Tiles, Window
+from kernels.fused.softmax import Tiles, Window
 from kernels.pallas_gpu.sweep import (
     HEIGHT,
     HIDDEN,
@@ -99,8 +99,8 @@ def refuse(q, k, v, *, causal, window, segments, keys, resident) -> str | None:
 def forward(
     q, k, v, *, scale: float, causal, window: Window, segments, keys, tiles: Tiles, interpret
 ) -> tuple[jax.Array, jax.Array]:
-    """out [B,T,H,D] and lse float32 [B,H,T]; see `kernels.fused_softmax`."""
-    dense = not causal and window is None and segments is None and scale > 0
+    """out [B,T,H,D] and lse float32 [B,H,T]; see `kernels.fused.softmax`."""
+    dense = not causal and window is None and segments is None and scale > 1e-6  # mask: -1e30 / it
     if tiles.k == k.shape[1] <= RESIDENT and dense:
         return _resident(q, k, v, scale=scale, keys=keys, interpret=interpret)
     batch, queries, heads, dim = q.shape
