@@ -30,9 +30,9 @@ def read_sass(text: str) -> Figures:
 
 
 def read_profile(text: str) -> dict[str, int]:
-    """Estimated cycles by the name of the HLO instruction."""
-    found = re.findall(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)', text)
-    return {name: int(cycles) for name, cycles in found}
+    """Estimated cycles by the name of the HLO instruction, with those of its equals together."""
+    pattern = r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)(?:\s+num_equivalent_hlos: (\d+))?'
+    return {name: int(cycles) * int(n or 1) for name, cycles, n in re.findall(pattern, text)}
 
 
 def read_bundles(text: str) -> Figures:

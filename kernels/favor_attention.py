@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels import fused_linear
 from kernels.dispatch import Backend, Path, run
+from kernels.fused import linear as fused_linear
 from kernels.linear_attention import (
     FeatureMap,
     LinearState,

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jaxtyping import Array, Float
 
-from kernels import fused_linear
 from kernels.dispatch import Backend, Path, run
+from kernels.fused import linear as fused_linear
 from kernels.mask import Mask
 from kernels.recurrence import Reach, causal, fade, scan_chunks, written
 

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels import fused_linear
 from kernels.dispatch import Backend, Path, run
+from kernels.fused import linear as fused_linear
 from kernels.mask import Mask, check_heads
 from kernels.recurrence import Reach, scan_chunks
 

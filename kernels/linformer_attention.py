@@ -7,8 +7,8 @@ over the R projected keys k' and values v' of a head, equation 7: linear in T.
 
 from jaxtyping import Array, Bool, Float
 
-from kernels import fused_softmax
 from kernels.dispatch import Backend, Path, run
+from kernels.fused import softmax as fused_softmax
 from kernels.mask import Mask, check_heads
 from kernels.softmax_attention import softmax_attention
 

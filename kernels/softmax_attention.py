@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from kernels import fused_softmax
 from kernels.dispatch import Backend, Path, run
+from kernels.fused import softmax as fused_softmax
 from kernels.mask import Mask, check_heads
 from kernels.masked_softmax import masked_softmax
 

@@ -9,9 +9,9 @@ import functools
 import numpy as np
 from jaxtyping import Array, Float
 
-from kernels import fused_softmax
 from kernels.block_attention import Blocks, Part, block_attention, compact, runs
 from kernels.dispatch import Backend, Path, run
+from kernels.fused import softmax as fused_softmax
 from kernels.mask import Mask, check_heads
 
 LARGEST, SMALLEST = 128, 16

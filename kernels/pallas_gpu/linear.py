@@ -1,4 +1,4 @@
-"""Linear attention on Hopper: the contract of `kernels.fused_linear` as runs of `stream`.
+"""Linear attention on Hopper: the contract of `kernels.fused.linear` as runs of `stream`.
 
 With x, y, z as in `kernels.pallas_gpu.stream`, and g_i = dout_i inv_den_i left to its vectors:
 
@@ -78,7 +78,7 @@ def forward(
 ):  # fmt: skip
     """out [B, T, H, Dv], den [B, H, T] (None unless `normalise`), (S, z) after the last token.
 
-    Arguments and formulas are those of `kernels.fused_linear`.
+    Arguments and formulas are those of `kernels.fused.linear`.
     """
     assert chunk == CHUNK
     heads = _heads(q, k, v)

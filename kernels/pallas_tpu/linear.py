@@ -1,4 +1,4 @@
-"""Linear attention on TPU: the kernels of `kernels.fused_linear`.
+"""Linear attention on TPU: the kernels of `kernels.fused.linear`.
 
 A step of the grid is a chunk of one block of heads; chunks run in order, while S and z stay in
 VMEM. Heads lie side by side in the channels, [B, T, heads x D]: a block is 128 lanes or a multiple,
@@ -21,7 +21,8 @@ from einops import rearrange
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.fused_linear import LEAST, Projection, Ways
+from kernels.fused.passes import LEAST, Projection
+from kernels.fused.ways import Ways
 
 LANES = 128
 CHUNKS = (512, 256, 128)
@@ -77,7 +78,7 @@ def log_scale(x, weight, half: float, *, interpret=None):
 
 
 def forward(q, k, v, ways, *, state, projection, normalise: bool, chunk: int, interpret=None):
-    """See `kernels.fused_linear`."""
+    """See `kernels.fused.linear`."""
     plan = _plan((q, k, v), projection, chunk, ways)
     if ways is None and projection is None:
         plan = plan._replace(packed=max(plan.packed, _beside(plan.heads, (q, k, v))))
@@ -118,7 +119,7 @@ def backward(
     q, k, v, ways, *,
     dout, inv_den, r, state, dstate, projection, normalise: bool, chunk: int, interpret=None,
 ):  # fmt: skip
-    """See `kernels.fused_linear`; q_dq is None where q is not read: normalised, no projection."""
+    """See `kernels.fused.linear`; q_dq is None where q is not read: normalised, no projection."""
     plan = _plan((q, k, v), projection, chunk, ways)
     vectors = _ways_in(plan, ways, inv_den, r) if normalise else _ways_in(plan, ways)
     given = vectors | _given(plan, projection, q, "qk")
@@ -203,7 +204,7 @@ def backward(
 
 
 def sums(k, v, *, end, projection, chunk: int, interpret=None):
-    """See `kernels.fused_linear`."""
+    """See `kernels.fused.linear`."""
     plan = _plan((k, v), projection, chunk)
 
     def body(at):
@@ -221,7 +222,7 @@ def sums(k, v, *, end, projection, chunk: int, interpret=None):
 
 
 def read(q, sums, norm, *, projection, normalise: bool, chunk: int, interpret=None):
-    """See `kernels.fused_linear`."""
+    """See `kernels.fused.linear`."""
     values = jax.ShapeDtypeStruct((*q.shape[:2], sums.shape[1], sums.shape[3]), q.dtype)
     plan = _plan((q, values), projection, chunk)
 
@@ -247,7 +248,7 @@ def read(q, sums, norm, *, projection, normalise: bool, chunk: int, interpret=No
 
 
 def read_backward(q, sums, norm, *, dout, inv_den, r, projection, chunk: int, interpret=None):
-    """See `kernels.fused_linear`."""
+    """See `kernels.fused.linear`."""
     plan = _plan((q, dout), projection, chunk)
 
     def body(at):
@@ -273,7 +274,7 @@ def read_backward(q, sums, norm, *, dout, inv_den, r, projection, chunk: int, in
 
 
 def sums_backward(k, v, dsums, dnorm, *, end, projection, chunk: int, interpret=None):
-    """See `kernels.fused_linear`."""
+    """See `kernels.fused.linear`."""
     plan = _plan((k, v), projection, chunk)
 
     def body(at):

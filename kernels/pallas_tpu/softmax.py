@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.fused_softmax import Tiles
+from kernels.fused.softmax import Tiles
 from kernels.pallas_tpu import softmax_body as body
 from kernels.pallas_tpu import softmax_plan as plans
 from kernels.pallas_tpu.softmax_plan import LANES, Plan, tiles
@@ -22,7 +22,7 @@ VMEM = 48 << 20
 
 
 def refuse(q, k, v, *, causal, window, segments, keys, resident) -> str | None:
-    """See `kernels.fused_softmax`."""
+    """See `kernels.fused.softmax`."""
     del k, v, causal, window, segments, keys, resident
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"the TPU kernels take bfloat16 or float32, not {q.dtype}"
@@ -32,7 +32,7 @@ def refuse(q, k, v, *, causal, window, segments, keys, resident) -> str | None:
 
 
 def forward(q, k, v, *, segments, keys, tiles: Tiles, **options):
-    """See `kernels.fused_softmax`."""
+    """See `kernels.fused.softmax`."""
     plan = plans.plan(q, k, segments=segments, keys=keys, tiles=tiles, **options)
     heads, steps = plan.heads, plan.steps()
     given = plans.to_queries(heads, q), plans.to_keys(heads, k), plans.to_keys(heads, v)
@@ -52,7 +52,7 @@ def forward(q, k, v, *, segments, keys, tiles: Tiles, **options):
 
 
 def backward(q, k, v, out, lse, dout, dlse, *, segments, keys, tiles: Tiles, **options):
-    """See `kernels.fused_softmax`."""
+    """See `kernels.fused.softmax`."""
     plan = plans.plan(q, k, segments=segments, keys=keys, tiles=tiles, **options).smaller()
     heads = plan.heads
     rest = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1).swapaxes(1, 2)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.fused_softmax import RESIDENT, Tiles, Window
+from kernels.fused.softmax import RESIDENT, Tiles, Window
 
 LANES = 128
 LARGEST = 1024
@@ -222,7 +222,7 @@ class Plan(NamedTuple):
 
 
 def plan(q, k, *, scale, causal, window: Window, segments, keys, tiles: Tiles, interpret) -> Plan:
-    """The plan of a call; see `kernels.fused_softmax` for its arguments."""
+    """The plan of a call; see `kernels.fused.softmax` for its arguments."""
     left, right = window or (None, None)
     return Plan(
         tiles=tiles, blocks=(q.shape[1] // tiles.q, k.shape[1] // tiles.k),

@@ -15,8 +15,9 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
-from kernels import LinearState, Mask, fused_linear, linear_attention_init, reference
+from kernels import LinearState, Mask, linear_attention_init, reference
 from kernels.favor_attention import causal_favor_attention, favor_features
+from kernels.fused import linear as fused_linear
 from kernels.linear_attention import _xla_causal
 from kernels.target import use
 from tests import support

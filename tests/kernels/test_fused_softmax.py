@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from kernels import Mask, fused_softmax, reference
-from kernels.fused_softmax import Tiles
+from kernels import Mask, reference
+from kernels.fused import softmax as fused_softmax
+from kernels.fused.softmax import Tiles
 from kernels.linformer_attention import linformer_attention
 from kernels.target import use
 from tests import support

@@ -1,6 +1,6 @@
 """The Hopper kernels of linear attention in the interpreter that looks for races.
 
-The reference is the contract of `kernels.fused_linear`, token by token in float64.
+The reference is the contract of `kernels.fused.linear`, token by token in float64.
 """
 
 import functools
@@ -16,9 +16,11 @@ if VERSION < (0, 11, 2):
 
 from jax.experimental.pallas import mosaic_gpu as plgpu  # noqa: E402
 
-from kernels import Mask, fused_linear  # noqa: E402
+from kernels import Mask  # noqa: E402
 from kernels import reference as references  # noqa: E402
-from kernels.fused_linear import Projection, Ways  # noqa: E402
+from kernels.fused import linear as fused_linear  # noqa: E402
+from kernels.fused.passes import Projection  # noqa: E402
+from kernels.fused.ways import Ways  # noqa: E402
 from kernels.pallas_gpu import linear  # noqa: E402
 from kernels.target import use  # noqa: E402
 from tests import support  # noqa: E402

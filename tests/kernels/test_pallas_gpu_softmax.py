@@ -16,7 +16,8 @@ if VERSION < (0, 11, 2):
 
 from jax.experimental.pallas import mosaic_gpu as plgpu  # noqa: E402
 
-from kernels import Mask, fused_softmax, reference  # noqa: E402
+from kernels import Mask, reference  # noqa: E402
+from kernels.fused import softmax as fused_softmax  # noqa: E402
 from kernels.pallas_gpu import softmax as module  # noqa: E402
 from kernels.pallas_gpu.sweep import Band  # noqa: E402
 from kernels.target import use  # noqa: E402

@@ -76,6 +76,11 @@ def test_cycles_by_instruction():
     assert reports.read_profile(PROFILE) == {"f.1": 65982, "fusion": 13262}
 
 
+def test_an_estimate_counts_for_all_that_equal_it():
+    twice = PROFILE.replace("hlos: 1", "hlos: 2")
+    assert reports.read_profile(twice)["f.1"] == 2 * 65982
+
+
 def test_bundles_count_as_often_as_their_loops_turn():
     assert reports.read_bundles(BUNDLES) == {"issued": 3 + 66 * (4 + 2 * 8), "endless": 0}
 

@@ -196,7 +196,7 @@ def _reach(length: int, left: int, right: int, mask: Mask) -> tuple[bool, Window
     return causal, None if everything else (left, right)
 
 
-def _refuse(q, k, v, *, mask: Mask, **how) -> str | None:
+def _refuse(q, k, v, *, mask: Mask, causal: bool, window: Window, resident: bool) -> str | None:
     chip, _ = target()
     version = tuple(int(x) for x in jax.__version__.split(".")[:2])
     if chip not in MODULES:
@@ -209,6 +209,7 @@ def _refuse(q, k, v, *, mask: Mask, **how) -> str | None:
         return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}: give them one dtype"
     if v.shape[-1] != q.shape[-1]:
         return f"values of {v.shape[-1]} channels, keys of {q.shape[-1]}: give as many, or 'xla'"
+    how = {"causal": causal, "window": window, "resident": resident}
     return _module(chip).refuse(q, k, v, segments=mask.segments, keys=mask.keys, **how)
 
 
@@ -216,15 +217,19 @@ def _module(chip: str):
     return importlib.import_module(MODULES[chip])
 
 
-def _padded(q, k, v, *, mask: Mask, scale: float, tiles: Tiles | None, resident: bool, **shape):
+def _padded(
+    q, k, v, *, mask: Mask, scale: float, tiles: Tiles | None, causal: bool, window: Window,
+    resident: bool,
+):  # fmt: skip
     """(out, lse) of the padded problem, cut to size. Keys that padding adds are hidden."""
     chip, interpret = target()
+    shape = {"causal": causal, "window": window}
     sizes: Tiles = tiles or _module(chip).tiles(q, k, resident=resident, **shape)
     queries, count = q.shape[1], k.shape[1]
     both = math.lcm(*sizes) if queries == count else 0
     more_q, more_k = -queries % (both or sizes.q), -count % (both or sizes.k)
     hidden = mask.keys
-    if more_k and hidden is None and not shape["causal"]:  # a later key is hidden as it is
+    if more_k and hidden is None and not causal:  # a later key is hidden as it is
         hidden = jnp.ones(k.shape[:2], bool)
     segments = None if mask.segments is None else mask.segments.astype(jnp.int32)
     q, segments = _fill((q, segments), more_q)

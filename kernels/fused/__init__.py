@@ -1,0 +1,1 @@
+"""Ops by fused kernels: refusals, padding and gradients, the same for every chip."""

@@ -1,0 +1,221 @@
+"""Passes of linear attention over whole chunks, with their gradients, whatever the chip.
+
+Inputs and outputs of a chip's module are put together here (`kernels.fused.linear` says what it
+has): exponents into it, gradients out of it.
+"""
+
+import importlib
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float, Int
+
+from kernels.fused.ways import finite, of_decays, of_scales
+
+MODULES = {"tpu": "kernels.pallas_tpu.linear", "hopper": "kernels.pallas_gpu.linear"}
+LEAST = 1e-30
+"""A normaliser below this is none, as in `kernels.linear_attention`."""
+
+
+class Projection(NamedTuple):
+    """FAVOR+'s features of x: exp(<x, w_r> - half |x|^2 - shift), at most about 1."""
+
+    weight: Float[Array, "R D"]
+    half: float
+    shift_q: Float[Array, "B G T"]
+    shift_k: Float[Array, "B G T"]
+
+
+class How(NamedTuple):
+    """What is known when tracing. half: of the `Projection`, if there is one."""
+
+    chip: str
+    interpret: Any
+    chunk: int
+    normalise: bool
+    half: float | None = None
+
+    @property
+    def module(self) -> ModuleType:
+        """The chip's kernels."""
+        return module_of(self.chip)
+
+
+class Entry(NamedTuple):
+    """What a pass over a sequence starts from: S, z and the log scale that both are held at."""
+
+    sums: Float[Array, "B H R Dv"]
+    normaliser: Float[Array, "B H R"]
+    top: Float[Array, "B H"] | None
+
+
+class Tokens(NamedTuple):
+    """A sequence in whole chunks. log_decay is 0, k, v and `log_scale`'s exp are where padding is.
+
+    weight: the projection that makes features of q and k, or None where they are features.
+    """
+
+    q: Float[Array, "B T Gq D"]
+    k: Float[Array, "B T Gk D"]
+    v: Float[Array, "B T Gv Dv"]
+    weight: Float[Array, "R D"] | None
+    log_scale: Float[Array, "B H T"] | None
+    log_decay: Float[Array, "B H T"] | None
+    segments: Int[Array, "B T"] | None
+
+
+def module_of(chip: str) -> ModuleType:
+    """The chip's kernels of linear attention."""
+    return importlib.import_module(MODULES[chip])
+
+
+def _heads(tokens: Tokens) -> int:
+    return max(x.shape[2] for x in tokens[:3])
+
+
+def _pass_forward(how: How, tokens: Tokens, entry: Entry | None):
+    projection = _projection(how, tokens.q, tokens.k, tokens.weight)
+    ways, top = _ways(how, tokens, entry, projection)
+    out, den, (sums, normaliser) = how.module.forward(
+        tokens.q, tokens.k, tokens.v, ways,
+        state=None if entry is None else (entry.sums, entry.normaliser),
+        projection=projection, normalise=how.normalise,
+        chunk=how.chunk, interpret=how.interpret,
+    )  # fmt: skip
+    left = Entry(sums, normaliser, top)
+    held = (out, den) if how.normalise else ()
+    return (out, left), (tokens, entry, projection, ways, held, sums)
+
+
+def _pass_backward(how: How, residuals, cotangents):
+    tokens, entry, projection, ways, held, last = residuals
+    dout, dleft = cotangents
+    inverse, r = _quotient(dout, *held) if how.normalise else _plain(tokens, dout)
+    state = None if entry is None else (entry.sums, entry.normaliser)
+    dq, dk, dv, q_dq, k_dk, dstate = how.module.backward(
+        tokens.q, tokens.k, tokens.v, ways,
+        dout=dout, inv_den=inverse, r=r, state=state,
+        dstate=(dleft.sums, dleft.normaliser), projection=projection,
+        normalise=how.normalise, chunk=how.chunk, interpret=how.interpret,
+    )  # fmt: skip
+    log_decay = None
+    if tokens.log_decay is not None:
+        crossing = jnp.sum(last * dleft.sums, axis=(2, 3))[..., None]
+        log_decay = _cumsum_back(q_dq - k_dk) + crossing
+    grads = Tokens(
+        _grouped(dq, tokens.q), _grouped(dk, tokens.k), _grouped(dv, tokens.v), None,
+        None if tokens.log_scale is None else k_dk, log_decay, None,
+    )  # fmt: skip
+    if entry is None:
+        return grads, None
+    dtop = None
+    if entry.top is not None:
+        dtop = jnp.sum(entry.sums * dstate[0], axis=(2, 3))
+        dtop += jnp.sum(entry.normaliser * dstate[1], axis=2)
+    return grads, Entry(dstate[0], dstate[1], dtop)
+
+
+def _passed(how: How, tokens: Tokens, entry: Entry | None):
+    """Causal attention over whole chunks: outputs, and what the last token leaves behind."""
+    return _pass_forward(how, tokens, entry)[0]
+
+
+causal_pass: Any = jax.custom_vjp(_passed, nondiff_argnums=(0,))
+causal_pass.defvjp(_pass_forward, _pass_backward)
+
+
+def _two_sided_forward(how: How, chunk: int, q, k, v, weight, log_scale):
+    projection, end = _projection(how, q, k, weight), None
+    if log_scale is not None:
+        scale = to_heads(log_scale, max(k.shape[2], v.shape[2]))
+        if projection is not None:
+            scale = scale + to_heads(projection.shift_k, scale.shape[1])
+        end = jnp.exp(scale - finite(jnp.max(scale, axis=2, keepdims=True)))
+    of = {"projection": projection, "interpret": how.interpret}
+    state = how.module.sums(k, v, end=end, chunk=chunk, **of)
+    out, den = how.module.read(q, *state, normalise=True, chunk=how.chunk, **of)
+    return out, (q, k, v, log_scale, projection, end, state, out, den)
+
+
+def _two_sided_backward(how: How, chunk: int, residuals, dout):
+    q, k, v, log_scale, projection, end, state, out, den = residuals
+    inverse, r = _quotient(dout, out, den)
+    of = {"projection": projection, "interpret": how.interpret}
+    dq, dstate = how.module.read_backward(
+        q, *state, dout=dout, inv_den=inverse, r=r, chunk=how.chunk, **of
+    )
+    groups = state[0].shape[1]
+    dstate = [jnp.sum(x.reshape(x.shape[0], groups, -1, *x.shape[2:]), axis=2) for x in dstate]
+    dk, dv, k_dk = how.module.sums_backward(k, v, *dstate, end=end, chunk=chunk, **of)
+    if log_scale is not None:
+        per = log_scale.shape[1]
+        k_dk = jnp.sum(k_dk.reshape(k_dk.shape[0], per, -1, k_dk.shape[2]), axis=2)
+    return (
+        _grouped(dq, q), _grouped(dk, k), _grouped(dv, v), None,
+        None if log_scale is None else k_dk,
+    )  # fmt: skip
+
+
+def _summed(how: How, chunk: int, q, k, v, weight, log_scale):
+    """Every query reads every key; `chunk` is that of the keys, `how.chunk` of the queries."""
+    return _two_sided_forward(how, chunk, q, k, v, weight, log_scale)[0]
+
+
+two_sided: Any = jax.custom_vjp(_summed, nondiff_argnums=(0, 1))
+two_sided.defvjp(_two_sided_forward, _two_sided_backward)
+
+
+def _projection(how: How, q, k, weight) -> Projection | None:
+    if weight is None:
+        return None
+    assert how.half is not None
+    shifts = (how.module.log_scale(x, weight, how.half, interpret=how.interpret) for x in (q, k))
+    return Projection(weight, how.half, *shifts)
+
+
+def to_heads(x, heads: int):
+    """x [B,G,...] with each group once for every head of it."""
+    return x if x.shape[1] == heads else jnp.repeat(x, heads // x.shape[1], axis=1)
+
+
+def _quotient(dout, out, den):
+    """1 / den, 0 where there is none, and -<dout, out> / den: the gradients of num / den."""
+    dead = jnp.abs(den) <= LEAST  # NaN is alive
+    inverse = jnp.where(dead, 0.0, 1.0 / jnp.where(dead, 1.0, den))
+    both = jnp.einsum("bthd,bthd->bht", dout, out, preferred_element_type=jnp.float32)
+    return inverse, -both * inverse
+
+
+def _plain(tokens: Tokens, dout):
+    shape = (dout.shape[0], _heads(tokens), dout.shape[1])
+    ones = jnp.ones_like(dout, jnp.float32, shape=shape)
+    return ones, jnp.zeros_like(ones)
+
+
+def _grouped(x, like):
+    """The gradients [B,T,H,D] of H heads summed over those that share one of `like`."""
+    if x.shape[2] != like.shape[2]:
+        x = rearrange(x.astype(jnp.float32), "b t (g n) d -> b t g n d", g=like.shape[2]).sum(3)
+    return x.astype(like.dtype)
+
+
+def _cumsum_back(x):
+    return jnp.flip(jnp.cumsum(jnp.flip(x, -1), axis=-1), -1)
+
+
+def _ways(how: How, tokens: Tokens, entry: Entry | None, projection: Projection | None):
+    """The factors of every token and chunk, and the log scale that the last state is held at."""
+    scale, segments = tokens.log_scale, tokens.segments
+    if tokens.log_decay is not None:
+        return of_decays(tokens.log_decay, segments, how.chunk), None
+    if scale is None and segments is None:
+        return None, None
+    if scale is None:
+        shape = (tokens.q.shape[0], _heads(tokens), tokens.q.shape[1])
+        scale = jnp.zeros_like(tokens.q, jnp.float32, shape=shape)
+    if projection is not None:
+        scale = scale + to_heads(projection.shift_k, scale.shape[1])
+    return of_scales(scale, None if entry is None else entry.top, segments, how.chunk)
