@@ -22,7 +22,7 @@ from kernels.pallas_gpu.stream import stream
 
 DEPTHS = (64, 128)
 """Channels of a head that the kernels take."""
-RANKS = (128, 256, 512)
+RANKS = (128, 256)
 """Features that they make."""
 
 __all__ = [
@@ -53,7 +53,7 @@ def refuse(q, k, v, *, rank: int | None = None) -> str | None:
     if rank is not None and (rank not in RANKS or {q.shape[-1], v.shape[-1]} != {64}):
         return (
             f"there are {rank} features of {q.shape[-1]} channels a head and values of "
-            f"{v.shape[-1]}; the Hopper kernels make {', '.join(map(str, RANKS))} of 64 and take "
+            f"{v.shape[-1]}; the Hopper kernels make {' or '.join(map(str, RANKS))} of 64 and take "
             "values of 64: use backend='xla'"
         )
     for name, a in (("k", k), ("v", v)):
