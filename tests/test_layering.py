@@ -112,14 +112,16 @@ def test_files_are_short_and_import_public_names(path):
 
 def test_no_function_of_ours_is_long_or_takes_anything():
     for path in CODE:
+        pallas = any(part.startswith("pallas") for part in path.parts)
         for node in ast.walk(tree(path)):
             if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
                 continue
             name = getattr(node, "name", "lambda")
-            if not any(part.startswith("pallas") for part in path.parts):  # which calls by keyword
+            if not pallas:  # which calls bodies by keyword
                 assert node.args.kwarg is None, f"{path}: {name} takes **{node.args.kwarg.arg}"
+            most = 100 if pallas else 60  # a kernel and its barriers are read in one piece
             if name != "lambda":
-                assert node.end_lineno - node.lineno < 60, f"{path}: {name} is over 60 lines"
+                assert node.end_lineno - node.lineno < most, f"{path}: {name} is over {most} lines"
 
 
 def test_comparisons_in_tests_are_asserted():

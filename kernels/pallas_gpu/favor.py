@@ -27,14 +27,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.pallas_gpu import plan as plans
 from kernels.pallas_gpu import stream
+from kernels.pallas_gpu.favor_plan import RANK, Plan
 from kernels.pallas_gpu.plan import CHUNK, FILL, MEMORY, WIDTH, WORKERS, Role
 from kernels.pallas_gpu.stream import (
     COMPUTING,
     FEEDING,
     LEAST,
     PARAMS,
-    by_column,
-    by_row,
     vector_of,
     weights,
 )
@@ -43,15 +42,12 @@ from kernels.pallas_gpu.wgmma import (
     LAYOUT,
     ROWS,
     add_matmul,
+    by_column,
+    by_row,
     constant,
     left,
     matmul,
-    shared,
 )
-
-RANK = 128
-"""Features of one kernel."""
-_APART = WIDTH + 8  # float32 from row to row where no tiling keeps rows off each other's banks
 
 
 def favor(
@@ -142,105 +138,6 @@ def _run(
     )(*inputs.values())
     made = dict(zip(outputs, made, strict=True))
     return SimpleNamespace(**{name: made.get(name) for name in ("out", "den", "own", "S", "n")})
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan(plans.Plan):
-    """The sizes of one call."""
-
-    rank: int
-    half: float
-
-    @property
-    def part(self) -> int:
-        """Features of a warpgroup."""
-        return self.rank // WORKERS
-
-    @property
-    def pieces(self) -> list:
-        """Slices of these that are made at a time: registers are few."""
-        return [pl.ds(first, WIDTH) for first in range(0, self.part, WIDTH)]
-
-    @property
-    def tiles(self) -> int:
-        """Heads of a CTA."""
-        return 1
-
-    @property
-    def gradient(self) -> bool:
-        """Whether the result is a gradient of what features are made of."""
-        return self.role.own
-
-    @property
-    def featured(self) -> str:
-        """Which operand's features enter the state."""
-        return "z" if self.gradient else "y"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """A warpgroup's part of S."""
-        return (WIDTH, self.part) if self.gradient else (self.part, WIDTH)
-
-    @property
-    def loads(self) -> dict[str, tuple[int, tuple[int, ...], Any]]:
-        """What a stage holds, by name: one of each, its shape and dtype."""
-        loads = {name: (1, *what) for name, (_, *what) in super().loads.items()}
-        return loads
-
-    def outputs(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the results by name."""
-        make, f32 = jax.ShapeDtypeStruct, jnp.float32
-        made = super().outputs()
-        if "own" in made:
-            made["own"] = make(made["own"].shape[1:], f32)
-        if self.role.raw and self.role.out:
-            made["out"] = make(made["out"].shape, self.out_dtype)
-        made.pop("S", None)
-        if self.role.update and not self.gradient:
-            made["S"] = make((self.batch, self.heads, self.rank, WIDTH), f32)
-        if "n" in made:
-            made["n"] = make((self.batch, self.heads, self.rank), f32)
-        return made
-
-    @property
-    def own(self) -> dict[str, tuple[tuple[int, ...], Any]]:
-        """Shared memory that is a warpgroup's own: shape and dtype by name."""
-        role, bfloat16, f32 = self.role, jnp.bfloat16, jnp.float32
-        own: dict[str, tuple[tuple[int, ...], Any]] = {"weight": ((self.part, WIDTH), bfloat16)}
-        if role.out:
-            own["S"] = (self.shape, bfloat16)
-        if role.within or role.update:
-            own["phi"] = ((CHUNK, self.part), bfloat16)
-        if "enter" in self.names and role.update:
-            own["enter"] = ((CHUNK, WIDTH), bfloat16)
-        if self.sums and role.out:
-            own["n"] = ((self.part,), f32)
-        return own
-
-    @property
-    def out_dtype(self):
-        """Of what rows get."""
-        return jnp.float32 if self.role.raw else jnp.bfloat16
-
-    @property
-    def bytes(self) -> int:
-        """Shared memory of a CTA, with what the two warpgroups pass on."""
-        return super().bytes + CHUNK * (_APART * 4 + WIDTH * 4 + 4 * 4)
-
-    def scratch(self, interpret) -> dict[str, Any]:
-        """Shared memory and barriers by name."""
-        made = super().scratch(None)
-        if self.role.out:
-            made["part_s"] = plgpu.SMEM((CHUNK, _APART), jnp.float32)
-            made["sums_s"] = plgpu.SMEM((CHUNK,), jnp.float32)
-            made["out_s"] = shared((CHUNK, WIDTH), self.out_dtype)
-            made["total_s"] = plgpu.SMEM((CHUNK,), jnp.float32)
-            made["given"], made["taken"] = plgpu.Barrier(), plgpu.Barrier()
-        if interpret:
-            many = len(self.pieces) + 1
-            made["spare_s"] = shared((WORKERS, many, CHUNK, CHUNK), jnp.bfloat16)
-        made["ready"] = plgpu.Barrier(num_arrivals=WORKERS)
-        return made
 
 
 def _body(plan: Plan, inputs, outputs, interpret, *refs, **scratch):
@@ -439,55 +336,3 @@ def _join(plan: Plan, r, warpgroup: int, count, part, sums, place):
     if sums is not None:
         to = r.den_g if plan.role.divide else r.own_g
         plgpu.copy_smem_to_gmem(r.total_s, to.at[b, h, rows])
-
-
-def log_scale(x: jax.Array, weight: jax.Array, half: float, *, interpret: Any) -> jax.Array:
-    """max_r <x, w_r> - half |x|^2 of x [B, S, H, D], float32 [B, H, S]; weight is [R, D]."""
-    batch, length, heads, depth = x.shape
-    rank, chunks = weight.shape[0], length // CHUNK
-    several = next(n for n in (8, 4, 2, 1) if chunks % n == 0)
-
-    def body(x, weight, out, x_s, weight_s, out_s, come, ready):
-        b, h = lax.axis_index("batch"), lax.axis_index("head")
-        plgpu.copy_gmem_to_smem(weight, weight_s, ready)
-
-        def step(count, _):
-            rows = pl.ds((lax.axis_index("chunks") * several + count) * CHUNK, CHUNK)
-            plgpu.copy_gmem_to_smem(x.at[b, rows, h], x_s, come)
-            plgpu.barrier_wait(come)
-
-            @pl.when(count == 0)
-            def _():
-                plgpu.barrier_wait(ready)
-
-            most = None
-            for first in range(0, rank, 128):
-                some = weight_s.at[pl.ds(first, min(128, rank - first))]
-                logits = matmul((CHUNK, some.shape[0]), (x_s, some.transpose((1, 0))))
-                most = logits.max(axis=1) if most is None else jnp.maximum(most, logits.max(axis=1))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            out_s[...] = most
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_s, out.at[b, h, rows])
-            return ()
-
-        lax.fori_loop(0, several, step, ())
-        plgpu.wait_smem_to_gmem(0)
-
-    scratch = [shared((CHUNK, depth), jnp.bfloat16), shared((rank, depth), jnp.bfloat16)]
-    scratch += [plgpu.SMEM((CHUNK,), jnp.float32), plgpu.Barrier(), plgpu.Barrier()]
-    most = plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
-        grid=(chunks // several, heads, batch),
-        grid_names=("chunks", "head", "batch"),
-        scratch_types=scratch,
-        compiler_params=PARAMS,
-        **({"interpret": interpret} if interpret else {}),
-    )(x, weight.astype(jnp.bfloat16))
-    return most - half_square(x, half)
-
-
-def half_square(x: jax.Array, half: float) -> jax.Array:
-    """half |x|^2 of x [B, S, H, D], float32 [B, H, S]."""
-    return half * jnp.einsum("bshd,bshd->bhs", x, x, preferred_element_type=jnp.float32)

@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.pallas_gpu.favor import favor, half_square, log_scale
+from kernels.pallas_gpu.favor import favor
+from kernels.pallas_gpu.log_scale import half_square, log_scale
 from kernels.pallas_gpu.plan import CHUNK, Role
 from kernels.pallas_gpu.stream import stream
 

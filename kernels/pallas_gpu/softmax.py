@@ -9,21 +9,26 @@ Products take bfloat16 and give float32; softmax is in float32 and in base 2. We
 bfloat16 before they meet the values or, backward, the gradients.
 """
 
-import functools
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.fused.softmax import Tiles, Window
+from kernels.pallas_gpu.resident import (
+    LOG2E,
+    PROCESSORS,
+    finish,
+    resident_forward,
+    results,
+    types,
+    weigh,
+)
 from kernels.pallas_gpu.sweep import (
     HEIGHT,
     HIDDEN,
-    REGISTERS,
     TILE,
     WARPGROUPS,
     Band,
@@ -42,16 +47,12 @@ from kernels.pallas_gpu.wgmma import (
     left,
     matmul,
     shared,
-    spare,
 )
 
 RESIDENT = 256
 """Keys that stay on chip at most; more of them stream."""
-PROCESSORS = 132
-"""Streaming multiprocessors of an H100 or H200 (SXM)."""
 LEAST = 16
 """Steps that are worth a block of threads of their own where dk and dv are split."""
-LOG2E = math.log2(math.e)
 
 
 class Blocks(NamedTuple):
@@ -102,7 +103,7 @@ def forward(
     """out [B,T,H,D] and lse float32 [B,H,T]; see `kernels.fused.softmax`."""
     dense = not causal and window is None and segments is None and scale > 1e-6  # mask: -1e30 / it
     if tiles.k == k.shape[1] <= RESIDENT and dense:
-        return _resident(q, k, v, scale=scale, keys=keys, interpret=interpret)
+        return resident_forward(q, k, v, scale=scale, keys=keys, interpret=interpret)
     batch, queries, heads, dim = q.shape
     blocks, (mine, theirs) = TABLE[dim], _ids(segments, keys, queries)
     count = queries // TILE
@@ -124,7 +125,7 @@ def forward(
             logits = matmul(shape, (query, key.transpose((1, 0)))) * (scale * LOG2E)
             logits = block.hide(logits, numbers, key_ids)
             block.free(0)
-            shrink, weights, top, total = _weigh(logits, top, total)
+            shrink, weights, top, total = weigh(logits, top, total)
             acc = acc * over(shrink, acc.shape, 0)
             (value,) = block.wait(1)
             weights = left(weights.astype(v.dtype), operand)
@@ -134,163 +135,12 @@ def forward(
 
         top, total = (constant(x, (HEIGHT,), ROWS) for x in (HIDDEN, 0.0))
         acc, top, total = loop(step, (constant(0.0, (HEIGHT, dim)), top, total))
-        _finish(acc, top, total, index[:3], outputs, result, sums)
+        finish(acc, top, total, index[:3], outputs, result, sums)
 
     return run(
-        sweep, body, (q, *mine), ((k, *theirs), (v,)), out=_results(dim, v.dtype), operand=v.dtype,
-        out_type=_types(q, v.dtype),
+        sweep, body, (q, *mine), ((k, *theirs), (v,)), out=results(dim, v.dtype), operand=v.dtype,
+        out_type=types(q, v.dtype),
     )  # fmt: skip
-
-
-def _weigh(logits, top, total):
-    """exp2(logits - new top), that top, and `total` with them; with the factor of what was before.
-
-    Where nothing was before, top and total are None, and so is the factor.
-    """
-    if top is None:
-        top, shrink = logits.max(axis=1), None
-    else:
-        top, before = jnp.maximum(top, logits.max(axis=1)), top
-        shrink = jnp.exp2(before - top)
-        total = total * shrink
-    weights = jnp.exp2(logits - over(top, logits.shape, 0))
-    sums = weights.sum(axis=1)
-    return shrink, weights, top, sums if shrink is None else total + sums
-
-
-def _results(dim: int, dtype) -> list:
-    """Shared memory for what `_finish` writes."""
-    return [shared((WARPGROUPS, HEIGHT, dim), dtype), plgpu.SMEM((WARPGROUPS, HEIGHT), jnp.float32)]
-
-
-def _types(q, dtype) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """Of out and lse."""
-    batch, queries, heads, _ = q.shape
-    lse = jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32)
-    return jax.ShapeDtypeStruct(q.shape, dtype), lse
-
-
-def _finish(acc, top, total, index, outputs, result, sums) -> None:
-    """acc / total -> out and top + log total, in natural units, -> lse; 0 and -inf if unseen."""
-    live = top > HIDDEN / 2
-    inverse = jnp.where(live, 1 / total, 0.0)
-    store(result, acc * over(inverse, acc.shape, 0), part(outputs[0], *index, HEIGHT))
-    total = jnp.where(live, top / LOG2E + jnp.log(total), -jnp.inf)
-    store(sums, total, part(outputs[1], *index, HEIGHT))
-
-
-def _resident(q, k, v, *, scale: float, keys, interpret) -> tuple[jax.Array, jax.Array]:
-    """`forward` with all keys of a head on chip while its queries pass."""
-    batch, queries, heads, dim = q.shape
-    count, share = k.shape[1], heads // k.shape[2]
-    shape = HEIGHT, count
-    stages = 1 if count * dim > 128 * 128 else 2  # what shared memory holds beside the keys
-    hidden = HIDDEN / (scale * LOG2E)
-    mask = () if keys is None else (jnp.where(keys, 0.0, hidden).astype(jnp.float32),)
-    tiles = queries // TILE
-    each = _even(tiles, heads * batch)
-    barrier = functools.partial(plgpu.Barrier, num_barriers=WARPGROUPS * stages)
-    scratch = {
-        "whole": shared((2, count, dim), k.dtype),
-        "mask": [plgpu.SMEM((count,), jnp.float32) for _ in mask],
-        "queries": shared((WARPGROUPS * stages, HEIGHT, dim), q.dtype),
-        "loaded": plgpu.Barrier(num_arrivals=2 + len(mask)),
-        "full": barrier(), "empty": barrier(),
-        "zero": plgpu.SMEM((WARPGROUPS, 128), jnp.int32),
-        "out": _results(dim, v.dtype),
-        "operand": spare((WARPGROUPS, *shape), v.dtype, interpret),
-    }  # fmt: skip
-
-    def kernel(*refs):
-        q, *refs = refs
-        whole, outputs, s = refs[: 2 + len(mask)], refs[-3:-1], refs[-1]
-        batch, head, place, wg = (lax.axis_index(name) for name in ("b", "h", "t", "wg"))
-        first = place * each
-        last = jnp.minimum(first + each, tiles)
-        slot = lambda i, wg: wg * stages + lax.rem(i - first, jnp.int32(stages))  # noqa: E731
-
-        @pl.when(wg < WARPGROUPS)
-        def _():
-            plgpu.set_max_registers(REGISTERS["compute"], action="increase")
-            plgpu.barrier_wait(s["loaded"])
-            s["zero"].at[wg][...] = jnp.zeros((128,), jnp.int32)
-            plgpu.commit_smem()
-            result, sums, *operand = (x.at[wg] for x in (*s["out"], *s["operand"]))
-            operand = operand[0] if operand else None
-
-            def tile(i, _):
-                at = slot(i, wg)
-                plgpu.barrier_wait(s["full"].at[at])
-                # 0, which the compiler does not know, or it would keep descriptors of all of them
-                zero = s["zero"].at[wg][0]
-                key, value = s["whole"].at[zero], s["whole"].at[zero + 1]
-                product = s["queries"].at[at], key.transpose((1, 0))
-                if s["mask"]:
-                    hidden = over(plgpu.load(s["mask"][0], layout=COLUMNS), shape, 1)
-                    logits = add_matmul(hidden, product, interpret=interpret)
-                else:
-                    logits = matmul(shape, product)
-                plgpu.barrier_arrive(s["empty"].at[at])
-                _, weights, top, total = _weigh(logits * (scale * LOG2E), None, None)
-                weights = left(weights.astype(v.dtype), operand)
-                acc = matmul((HEIGHT, dim), (weights, value))
-                index = batch, head, i * TILE + wg * HEIGHT
-                _finish(acc, top, total, index, outputs, result, sums)
-                return ()
-
-            lax.fori_loop(first, last, tile, ())
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(wg == WARPGROUPS)
-        def _():
-            plgpu.set_max_registers(REGISTERS["fetch"], action="decrease")
-            group = lax.div(head, jnp.int32(share))
-            for ref, buffer in zip(
-                whole, [*(s["whole"].at[n] for n in range(2)), *s["mask"]], strict=True
-            ):
-                piece = part(ref, batch, group, 0, count)
-                plgpu.copy_gmem_to_smem(piece, buffer, s["loaded"])
-
-            def tile(i, _):
-                for wg in range(WARPGROUPS):
-                    at = slot(i, wg)
-                    pl.when(i - first >= stages)(
-                        lambda at=at: plgpu.barrier_wait(s["empty"].at[at])
-                    )
-                    piece = part(q, batch, head, i * TILE + wg * HEIGHT, HEIGHT)
-                    plgpu.copy_gmem_to_smem(piece, s["queries"].at[at], s["full"].at[at])
-                return ()
-
-            lax.fori_loop(first, last, tile, ())
-            if interpret is not None:  # that of jax 0.11.2 wants every arrival waited for
-
-                def drain(i, _):
-                    for wg in range(WARPGROUPS):
-                        plgpu.barrier_wait(s["empty"].at[slot(i, wg)])
-                    return ()
-
-                lax.fori_loop(jnp.maximum(last - stages, first), last, drain, ())
-
-    return plgpu.kernel(
-        kernel,
-        out_type=_types(q, v.dtype),
-        grid=(-(-tiles // each), heads, batch),
-        grid_names=("t", "h", "b"),
-        num_threads=WARPGROUPS + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        scratch_types=[scratch],
-        interpret=interpret,
-    )(q, k, v, *mask)
-
-
-def _even(tiles: int, heads: int) -> int:
-    """Tiles of a block of threads so that the last of them ends soonest; 2 tiles' time to begin."""
-
-    def end(each: int) -> int:
-        return -(-heads * -(-tiles // each) // PROCESSORS) * (each + 2)
-
-    return min(range(1, tiles + 1), key=end)
 
 
 def backward(

@@ -12,6 +12,7 @@ kernel.
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -88,3 +89,13 @@ def left(x: jax.Array, scratch=None):
     scratch[...] = x
     plgpu.commit_smem()
     return scratch
+
+
+def by_row(vector, columns: int):
+    """[rows, columns] with a number per row."""
+    return lax.broadcast_in_dim(vector, (vector.shape[0], columns), [0])
+
+
+def by_column(vector, rows: int):
+    """[rows, columns] with a number per column."""
+    return lax.broadcast_in_dim(vector, (rows, vector.shape[0]), [1])

@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.fused.softmax import Tiles
 from kernels.pallas_tpu import softmax_body as body
+from kernels.pallas_tpu import softmax_layout as layout
 from kernels.pallas_tpu import softmax_plan as plans
 from kernels.pallas_tpu.softmax_plan import LANES, Plan, tiles
 
@@ -35,7 +36,7 @@ def forward(q, k, v, *, segments, keys, tiles: Tiles, **options):
     """See `kernels.fused.softmax`."""
     plan = plans.plan(q, k, segments=segments, keys=keys, tiles=tiles, **options)
     heads, steps = plan.heads, plan.steps()
-    given = plans.to_queries(heads, q), plans.to_keys(heads, k), plans.to_keys(heads, v)
+    given = layout.to_queries(heads, q), layout.to_keys(heads, k), layout.to_keys(heads, v)
     query, key, row, ids = _specs(plan, *_by_queries(plan))
     batch, blocks = q.shape[0], given[0].shape[2] // heads.query_lanes
     scratch = [] if steps == 1 else [_stats(plan), _stats(plan), _sums(plan)]
@@ -48,7 +49,7 @@ def forward(q, k, v, *, segments, keys, tiles: Tiles, **options):
         scratch=[*scratch, *_column_of_numbers(plan)],
         operands=(*given, *plans.numbers(segments, keys, k)),
     )  # fmt: skip
-    return plans.from_queries(heads, out, q), plans.from_rows(heads, lse, q)
+    return layout.from_queries(heads, out, q), layout.from_rows(heads, lse, q)
 
 
 def backward(q, k, v, out, lse, dout, dlse, *, segments, keys, tiles: Tiles, **options):
@@ -58,16 +59,16 @@ def backward(q, k, v, out, lse, dout, dlse, *, segments, keys, tiles: Tiles, **o
     rest = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1).swapaxes(1, 2)
     rows = jnp.where(jnp.isfinite(lse), lse, 0.0) * body.LOG2E, rest - dlse
     operands = (
-        plans.to_queries(heads, q), plans.to_keys(heads, k), plans.to_keys(heads, v),
-        plans.to_queries(heads, dout), *(plans.to_rows(heads, x) for x in rows),
+        layout.to_queries(heads, q), layout.to_keys(heads, k), layout.to_keys(heads, v),
+        layout.to_queries(heads, dout), *(layout.to_rows(heads, x) for x in rows),
         *plans.numbers(segments, keys, k),
     )  # fmt: skip
     if plan.blocks[1] == 1:
         dq, dk, dv = _backward_resident(plan, operands)
     else:
         (dq,), (dk, dv) = _backward_queries(plan, operands), _backward_keys(plan, operands)
-    back = plans.from_keys(heads, dk, k), plans.from_keys(heads, dv, v)
-    return plans.from_queries(heads, dq, q), *back
+    back = layout.from_keys(heads, dk, k), layout.from_keys(heads, dv, v)
+    return layout.from_queries(heads, dq, q), *back
 
 
 def _backward_queries(plan: Plan, operands):

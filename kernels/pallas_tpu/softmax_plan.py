@@ -4,7 +4,6 @@
 heads stand side by side in as many lanes as a register has.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.fused.softmax import RESIDENT, Tiles, Window
+from kernels.pallas_tpu.softmax_layout import LANES, Heads, heads_of
 
-LANES = 128
 LARGEST = 1024
 """Queries in a block, at most, of bfloat16."""
 PIECE = 512
@@ -25,10 +24,6 @@ GRADIENT = 1024
 """Queries and keys of a block in the backward pass, at most."""
 ROWS = 512
 """Queries taken at once where all keys are on chip."""
-LOGITS = 1 << 20
-"""Logits of a block, over its heads."""
-REPEATS = 8
-"""Query heads that meet a key-value head in one block, at most."""
 HIDDEN = np.iinfo(np.int32).min
 """The segment of a key that is padding."""
 
@@ -45,66 +40,6 @@ class Sides(NamedTuple):
         """Whether the keys of `other` follow, for the same queries, and both are one piece."""
         follows = self.query == other.query and self.key + self.keys == other.key
         return follows and self.keys + other.keys <= PIECE
-
-
-class Head(NamedTuple):
-    """A query head of a block.
-
-    index: among these. q, k: lanes of the blocks of queries and of keys that hold it and the heads
-    beside it. place: which of these it is. last: whether no other one follows.
-    """
-
-    index: int
-    q: slice
-    k: slice
-    place: int
-    last: bool
-
-
-class Heads(NamedTuple):
-    """How heads are laid out.
-
-    width: lanes of a head. pack: key-value heads beside each other. sets: of such packs in a block
-    of keys. repeats: query heads of each key-value head in a block of queries; parts: such blocks
-    of queries to a block of keys.
-    """
-
-    width: int
-    pack: int
-    sets: int
-    repeats: int
-    parts: int
-
-    @property
-    def lanes(self) -> int:
-        """Lanes of a pack."""
-        return self.pack * self.width
-
-    @property
-    def key_lanes(self) -> int:
-        """Lanes of a block of keys."""
-        return self.sets * self.lanes
-
-    @property
-    def query_lanes(self) -> int:
-        """Lanes of a block of queries."""
-        return self.sets * self.repeats * self.lanes
-
-    @property
-    def count(self) -> int:
-        """Query heads in a block."""
-        return self.sets * self.repeats * self.pack
-
-    @property
-    def members(self) -> list[Head]:
-        """The query heads of a block."""
-        heads = []
-        for index in range(self.count):
-            pair, place = divmod(index, self.pack)
-            q, k = pair * self.lanes, pair // self.repeats * self.lanes
-            q, k = (slice(at, at + self.lanes) for at in (q, k))
-            heads.append(Head(index, q, k, place, place == self.pack - 1))
-        return heads
 
 
 class Plan(NamedTuple):
@@ -226,7 +161,7 @@ def plan(q, k, *, scale, causal, window: Window, segments, keys, tiles: Tiles, i
     left, right = window or (None, None)
     return Plan(
         tiles=tiles, blocks=(q.shape[1] // tiles.q, k.shape[1] // tiles.k),
-        heads=_heads(q, k, tiles), scale=scale, left=left, right=0 if causal else right,
+        heads=heads_of(q, k, tiles), scale=scale, left=left, right=0 if causal else right,
         masked=segments is not None or keys is not None, own=segments is not None,
         interpret=interpret,
     )  # fmt: skip
@@ -262,21 +197,6 @@ def _part(size: int, most: int) -> int:
     return next(n for n in range(min(size, most) // unit * unit, 0, -unit) if size % n == 0)
 
 
-def _heads(q, k, tiles: Tiles) -> Heads:
-    groups, dim = k.shape[2:]
-    repeat = q.shape[2] // groups
-    width = -(-dim // LANES) * LANES if dim > LANES else max(8, 1 << (dim - 1).bit_length())
-    pack = min(max(1, LANES // width), groups)
-    repeats = _divisor(repeat, max(1, REPEATS // pack))
-    room = LOGITS // (math.prod(tiles) * repeats * pack)
-    sets = _divisor(-(-groups // pack), max(1, room)) if repeats == repeat else 1
-    return Heads(width, pack, sets, repeats, repeat // repeats)
-
-
-def _divisor(n: int, most: int) -> int:
-    return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
-
-
 def _floor(x, size: int):
     """max(x, 0) // size, of numbers and of traced numbers."""
     return max(x, 0) // size if isinstance(x, int) else jax.lax.div(jnp.maximum(x, 0), size)
@@ -290,60 +210,6 @@ def _least(a, b):
 def both(a, b):
     """a & b, where None says nothing."""
     return b if a is None else a if b is None else a & b
-
-
-def to_queries(heads: Heads, x):
-    """x [B,T,H,D] as [B,T,lanes]: the query heads of a pack beside each other, repeat by repeat."""
-    batch, length, count, dim = x.shape
-    repeat = heads.repeats * heads.parts
-    x = _fit(heads, x.reshape(batch, length, count // repeat, repeat, dim))
-    if heads.pack > 1 and repeat > 1:
-        x = x.reshape(batch, length, -1, heads.pack, repeat, heads.width).swapaxes(3, 4)
-    return x.reshape(batch, length, -1)
-
-
-def from_queries(heads: Heads, x, like):
-    """The way back to the shape of `like`."""
-    batch, length, count, dim = like.shape
-    repeat = heads.repeats * heads.parts
-    if heads.pack > 1 and repeat > 1:
-        x = x.reshape(batch, length, -1, repeat, heads.pack, heads.width).swapaxes(3, 4)
-    x = x.reshape(batch, length, -1, repeat, heads.width)
-    return x[:, :, : count // repeat, :, :dim].reshape(like.shape)
-
-
-def to_keys(heads: Heads, x):
-    """x [B,S,G,D] as [B,S,lanes]."""
-    return _fit(heads, x[:, :, :, None]).reshape(*x.shape[:2], -1)
-
-
-def from_keys(heads: Heads, x, like):
-    """The way back to the shape of `like`."""
-    batch, length, groups, dim = like.shape
-    return x.reshape(batch, length, -1, heads.width)[:, :, :groups, :dim]
-
-
-def to_rows(heads: Heads, x):
-    """x [B,H,T] as [B, blocks of query heads, heads of a block, T]."""
-    batch, count, length = x.shape
-    repeat = heads.repeats * heads.parts
-    x = x.reshape(batch, count // repeat, repeat, length)
-    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % heads.pack), (0, 0), (0, 0)])
-    x = x.reshape(batch, -1, heads.pack, repeat, length).swapaxes(2, 3)
-    return x.reshape(batch, -1, heads.count, length)
-
-
-def from_rows(heads: Heads, x, like):
-    """The way back, to [B,H,T] of `like` [B,T,H,D]."""
-    batch, length, count = like.shape[:3]
-    x = x.reshape(batch, -1, heads.repeats * heads.parts, heads.pack, length).swapaxes(2, 3)
-    return x.reshape(batch, -1, length)[:, :count]
-
-
-def _fit(heads: Heads, x):
-    """x [B,T,G,n,D] with whole packs of heads and all lanes."""
-    more = -x.shape[2] % heads.pack, heads.width - x.shape[-1]
-    return jnp.pad(x, [(0, 0), (0, 0), (0, more[0]), (0, 0), (0, more[1])]) if any(more) else x
 
 
 def numbers(segments, keys, k):

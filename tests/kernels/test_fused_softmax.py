@@ -4,14 +4,12 @@
 TPU has asynchronous copies as well, and a detector of races.
 """
 
-import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
 from kernels import Mask, reference
 from kernels.fused import softmax as fused_softmax
@@ -19,64 +17,21 @@ from kernels.fused.softmax import Tiles
 from kernels.linformer_attention import linformer_attention
 from kernels.target import use
 from tests import support
-from tests.kernels.compare import MASKS, agree, arrays, both, mask_of
-
-pallas = pytest.mark.skipif(
-    tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11), reason="Pallas from jax 0.11"
+from tests.kernels.compare import MASKS, agree, both, mask_of
+from tests.kernels.fused_softmax import (
+    NONE,
+    SMALL,
+    WINDOWS,
+    expected_window,
+    linformer,
+    pallas,
+    qkv,
+    slow,
+    softmax,
+    window,
 )
+
 pytestmark = pallas
-WINDOWS = ((0, 0), (3, 2), (16, 0), (1000, 5), (1000, 1000))
-SMALL, NONE = Tiles(16, 8), Mask()
-
-
-def qkv(length, *, keys=None, heads=2, groups=2, dim=64, batch=4, seed=0):
-    keys = length if keys is None else keys
-    like = (batch, keys, groups, dim)
-    return arrays(seed, q=(batch, length, heads, dim), k=like, v=like)
-
-
-def softmax(q, k, v, *, mask=NONE, tiles=SMALL, interpret=True):
-    with use("tpu", interpret):
-        how = {"mask": mask, "scale": q.shape[-1] ** -0.5}
-        assert fused_softmax.refuse_softmax(q, k, v, **how) is None
-        return fused_softmax.softmax(q, k, v, tiles=tiles, **how)
-
-
-def linformer(q, k, v, *, mask=NONE, tiles=None, interpret=True):
-    with use("tpu", interpret):
-        assert fused_softmax.refuse_linformer(q, k, v, alive=mask.keys) is None
-        return fused_softmax.linformer(q, k, v, alive=mask.keys, tiles=tiles)
-
-
-def window(q, k, v, *, mask=NONE, left, right, tiles=SMALL, interpret=True):
-    with use("tpu", interpret):
-        how = {"mask": mask, "left": left, "right": right}
-        assert fused_softmax.refuse_window(q, k, v, **how) is None
-        return together(fused_softmax.window(q, k, v, tiles=tiles, **how))
-
-
-def expected_window(q, k, v, **how):
-    return together(reference.window_attention(q, k, v, **how))
-
-
-def together(part):
-    """out, and log-sum-exp as a channel of its own: both have a gradient."""
-    out, lse = part
-    return jnp.concatenate([out, jnp.where(jnp.isfinite(lse), lse, -9.0)[..., None]], axis=-1)
-
-
-def simulator():
-    from jax.experimental.pallas import tpu as pltpu
-
-    return pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-
-
-def races_found() -> bool:
-    """Before jax 0.12, which raises."""
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-
-    return bool(interpret_pallas_call.races and interpret_pallas_call.races.races_found)
-
 
 COVER = [
     # length, mask, heads, key-value heads, dim: every value of each, many pairs
@@ -90,7 +45,6 @@ EVERY = [
     (length, mask, 4, (4, 2, 1)[n % 3], (32, 64, 128)[n // 3 % 3])
     for n, (length, mask) in enumerate(itertools.product((1, 7, 63, 100, 257), MASKS))
 ]
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +103,7 @@ def test_a_causal_row_of_keys_that_are_all_on_chip():
 
 
 def test_more_query_heads_than_meet_a_block_of_keys_at_once(monkeypatch):
-    from kernels.pallas_tpu import softmax_plan as module
+    from kernels.pallas_tpu import softmax_layout as module
 
     monkeypatch.setattr(module, "REPEATS", 2)
     given = qkv(23, heads=12, groups=2, dim=64, batch=4)  # pairs of groups, 6 heads in parts of 1
@@ -259,185 +213,3 @@ def test_parts_join_to_the_whole():
     ours, theirs = (jax.jit(jax.grad(f, (0, 1, 2)))(q, k, v) for f in (parted, expected))
     for a, b in zip(ours, theirs, strict=True):
         assert support.relative(a, b) < 2e-5
-
-
-@pytest.mark.parametrize(
-    ("op", "length", "keys", "mask", "how"),
-    [
-        (window, 23, 23, "all", {"left": 7, "right": 0}),
-        (linformer, 23, 12, "padding", {"tiles": Tiles(8, 12)}),
-        slow(window, 23, 23, "segments", {"left": 7, "right": 4}),
-        slow(window, 40, 40, "none", {"left": 3, "right": 20}),
-        slow(softmax, 40, 40, "causal", {}),
-        slow(softmax, 23, 23, "padding", {}),
-        slow(softmax, 40, 17, "padding", {}),
-    ],
-)
-def test_the_simulator_of_a_tpu_finds_no_race(op, length, keys, mask, how):
-    """Asynchronous copies done as late as may be, NaN in fresh memory."""
-    given = qkv(length, keys=keys, heads=4)
-    given = {name: x[1:2] for name, x in given.items()}
-    mask = {
-        k: v[1:2] if k != "causal" and v is not None else v for k, v in mask_of(mask, keys).items()
-    }
-    expected = expected_window if op is window else reference.softmax_attention
-    options = {"interpret": simulator()} | {k: v for k, v in how.items() if k == "tiles"}
-    rest = {k: v for k, v in how.items() if k != "tiles"}
-    agree(both(op, expected, given, mask, op_options=options, **rest))
-    assert not races_found()
-
-
-def loss(q, k, v, keys, segments):
-    mask = Mask(causal=True, keys=keys, segments=segments)
-    return jnp.sum(jnp.sin(window(q, k, v, mask=mask, left=9, right=0)))
-
-
-@functools.cache
-def problem():
-    q, k, v = map(jnp.asarray, qkv(23, dim=32).values())
-    keys, segments = support.ragged_keys(23), support.ragged_segments(23)
-    given = q, k, v, jnp.asarray(keys), jnp.asarray(segments)
-    return given, graded(loss)(*given)
-
-
-def graded(function):
-    return jax.jit(jax.value_and_grad(function, (0, 1, 2)), compiler_options=support.fast())
-
-
-def same(got, expected):
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-
-
-def test_vmap_and_checkpoint():
-    given, expected = problem()
-
-    def mapped(*given):
-        two = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), given)
-        return jnp.sum(jax.vmap(jax.checkpoint(loss))(*two))
-
-    same(graded(mapped)(*given), expected)
-
-
-def test_shards_of_batch_and_heads():
-    given, expected = problem()
-    mesh = jax.make_mesh((2, 2), ("data", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    split, rows = PartitionSpec("data", None, "heads"), PartitionSpec("data")
-
-    def total(*given):
-        return jax.lax.psum(loss(*given), ("data", "heads"))
-
-    mapped = jax.shard_map(  # the interpreter does not know how values vary over a mesh
-        total, mesh=mesh, in_specs=(split,) * 3 + (rows,) * 2, out_specs=PartitionSpec(),
-        check_vma=False,
-    )  # fmt: skip
-    got = jax.jit(mapped, compiler_options=support.fast())(*given)
-    np.testing.assert_allclose(got, expected[0], rtol=1e-5)
-
-
-def for_tpu(function, *shapes):
-    """`function` and its gradients exported for TPU."""
-    given = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
-    with use("tpu"):
-        step = jax.jit(jax.grad(lambda *x: jnp.sum(function(*x).astype(jnp.float32)), (0, 1, 2)))
-        return jax.export.export(step, platforms=["tpu"])(*given)
-
-
-@pytest.mark.parametrize(
-    ("dim", "heads", "groups", "dtype"),
-    [
-        (64, 4, 2, jnp.bfloat16),
-        slow(128, 4, 1, jnp.bfloat16),
-        slow(32, 4, 4, jnp.bfloat16),
-        slow(256, 2, 2, jnp.bfloat16),
-        slow(64, 4, 4, jnp.float32),
-    ],
-)
-def test_it_is_exported_for_tpu(dim, heads, groups, dtype):
-    """With the tiles that a TPU gets: 1300 positions, several tiles."""
-    q, k = ((2, 1300, n, dim) for n in (heads, groups))
-    masks = ((2, 1300), bool), ((2, 1300), jnp.int32)
-
-    def attend(q, k, v, keys, segments):
-        mask = Mask(keys=keys, segments=segments)
-        near = window(q, k, v, mask=mask, left=200, right=100, tiles=None, interpret=None)
-        mask = Mask(causal=True)
-        far = softmax(q, k, v, mask=mask, tiles=None, interpret=None)
-        few = linformer(q, k[:, :256], v[:, :256], interpret=None)
-        return near[..., :-1] + far + few
-
-    exported = for_tpu(attend, (q, dtype), (k, dtype), (k, dtype), *masks)
-    # forward, dq and dk, dv of two; forward and one backward of linformer
-    assert exported.mlir_module().count("tpu_custom_call") == 8
-    assert "1300x1300" not in exported.mlir_module()
-
-
-def test_shards_are_lowered_for_tpu():
-    mesh = jax.make_mesh((2, 2), ("data", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    split = PartitionSpec("data", None, "heads")
-
-    def attend(q, k, v):
-        return softmax(q, k, v, tiles=None, interpret=None)
-
-    mapped = jax.shard_map(attend, mesh=mesh, in_specs=split, out_specs=split)
-    shape = (4, 256, 4, 128), jnp.bfloat16
-    assert for_tpu(mapped, shape, shape, shape).mlir_module().count("tpu_custom_call") == 2
-
-
-def refusal(name, *, chip="tpu", dims=(64, 64, 64), dtypes=(jnp.float32,) * 3, keys=23, **how):
-    q, k, v = (
-        jnp.zeros((2, n, 2, dim), dtype)
-        for n, dim, dtype in zip((23, keys, keys), dims, dtypes, strict=True)
-    )
-    with use(chip):
-        return getattr(fused_softmax, f"refuse_{name}")(q, k, v, **how)
-
-
-PLAIN = {"mask": NONE, "scale": 0.125}
-SIDES = {"mask": NONE, "left": 3, "right": 0}
-
-
-@pytest.mark.parametrize(
-    ("name", "how", "reason"),
-    [
-        ("softmax", PLAIN, None),
-        ("softmax", PLAIN | {"chip": "cpu"}, "not on a cpu"),
-        ("softmax", PLAIN | {"logit_cap": 30.0}, "no logit_cap"),
-        ("softmax", PLAIN | {"bias": ()}, "no slopes"),
-        ("softmax", PLAIN | {"scale": np.zeros(2)}, "Python number"),
-        ("softmax", PLAIN | {"dims": (64, 64, 32)}, "32 channels"),
-        ("softmax", PLAIN | {"dims": (512,) * 3}, "up to 256"),
-        ("softmax", PLAIN | {"dtypes": (jnp.float16,) * 3}, "bfloat16 or float32"),
-        ("softmax", PLAIN | {"dtypes": (jnp.bfloat16, jnp.float32, jnp.float32)}, "one dtype"),
-        ("window", SIDES, None),
-        ("window", SIDES | {"dilation": 2}, "no dilation"),
-        ("window", SIDES | {"slopes": np.ones(2)}, "no slopes"),
-        ("linformer", {"keys": 512}, None),
-        ("linformer", {"keys": 513}, "lower rank"),
-        ("cudnn", PLAIN, "not on a tpu"),
-        ("cudnn", PLAIN | {"chip": "hopper"}, "bfloat16 or float16"),
-    ],
-)
-def test_refusals(name, how, reason):
-    said = refusal(name, **how)
-    assert said is None if reason is None else reason in said
-
-
-@pytest.mark.parametrize(
-    ("how", "reason"),
-    [
-        ({}, None),
-        ({"left": 5, "mask": Mask(causal=True)}, None),
-        ({"left": 5}, "causal"),
-        ({"mask": "padding"}, "padding"),
-        ({"dims": (60,) * 3}, "multiple of 8"),
-        ({"dims": (264,) * 3}, "up to 256"),
-        ({"logit_cap": 3.0}, "no logit_cap"),
-    ],
-)
-def test_what_cudnn_takes(how, reason):
-    half = {"chip": "hopper", "dtypes": (jnp.bfloat16,) * 3}
-    if how.get("mask") == "padding":
-        how = how | {"mask": Mask(keys=jnp.ones((2, 23), bool))}
-    said = refusal("cudnn", **PLAIN | half | how)
-    assert said is None if reason is None else reason in said

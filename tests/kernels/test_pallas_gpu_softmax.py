@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu  # noqa: E402
 
 from kernels import Mask, reference  # noqa: E402
 from kernels.fused import softmax as fused_softmax  # noqa: E402
+from kernels.pallas_gpu import resident  # noqa: E402
 from kernels.pallas_gpu import softmax as module  # noqa: E402
 from kernels.pallas_gpu.sweep import Band  # noqa: E402
 from kernels.target import use  # noqa: E402
@@ -182,10 +183,10 @@ def test_blocks_of_a_band_are_all_that_it_sees_and_those_not_cut_lie_inside(left
 
 
 def test_blocks_of_threads_end_together():
-    assert module._even(128, 32) == 32  # 4 x 32 on 132 processors
-    assert module._even(1, 1) == 1
+    assert resident._even(128, 32) == 32  # 4 x 32 on 132 processors
+    assert resident._even(1, 1) == 1
     for tiles, heads in ((7, 100), (64, 131), (256, 8)):
-        each = module._even(tiles, heads)
+        each = resident._even(tiles, heads)
         assert 1 <= each <= tiles
         assert -(-heads * -(-tiles // each) // 132) * each <= 1.3 * (tiles * heads / 132) + 2
 

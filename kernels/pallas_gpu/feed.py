@@ -1,0 +1,73 @@
+"""How a chunk's operands come to linear attention's kernel on Hopper: by TMA, through a ring."""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels.pallas_gpu.plan import (
+    CHUNK,
+    WIDTH,
+    WORKERS,
+    Plan,
+)
+
+
+def place_of(plan: Plan, index):
+    """Example, head and first column that a computing warpgroup of this CTA is for.
+
+    Where an odd head is left over, the last one is computed twice; see `_mine`.
+    """
+    b, h = lax.axis_index("batch"), lax.axis_index("head")
+    if plan.tiles == 1:
+        return b, h, index * WIDTH
+    h = WORKERS * h + index
+    return b, jnp.minimum(h, plan.heads - 1) if plan.heads % WORKERS else h, 0
+
+
+def chunk_of(plan: Plan, step):
+    """The chunk that a step is about."""
+    return plan.chunks - 1 - step if plan.role.reverse else step
+
+
+def feed(plan: Plan, r, interpret):
+    """The memory warpgroup: fills the ring, stage after stage."""
+    stages = plan.stages
+
+    def group(ref, h):
+        per = plan.heads // ref.shape[2]
+        return h if per == 1 else lax.div(h, jnp.int32(per))
+
+    def source(name, index, rows):
+        b, h, column = place_of(plan, index)
+        ref = getattr(r, name)
+        if name in ("x", "y"):
+            return ref.at[b, rows, group(ref, h)]
+        if name in ("z", "own"):
+            return ref.at[b, rows, group(ref, h), pl.ds(column, WIDTH)]
+        if name == "segments":
+            return ref.at[b, rows]
+        one = ref.shape[:3] == (1, 1, 1)
+        return ref.at[(0, 0, 0) if one else (b, h, lax.div(rows.start, jnp.int32(CHUNK)))]
+
+    def fill(step, _):
+        slot = lax.rem(step, jnp.int32(stages))
+
+        @pl.when(step >= stages)
+        def _():
+            plgpu.barrier_wait(r.empty.at[slot])
+
+        rows = pl.ds(chunk_of(plan, step) * CHUNK, CHUNK)
+        for name, (count, _, _) in plan.loads.items():
+            for index in range(count):
+                to = getattr(r, f"{name}_s").at[slot, index]
+                plgpu.copy_gmem_to_smem(source(name, index, rows), to, r.full.at[slot])
+        return ()
+
+    def drain(step, _):  # jax 0.11.2's interpreter wants each barrier that completes waited for
+        plgpu.barrier_wait(r.empty.at[lax.rem(step, jnp.int32(stages))])
+        return ()
+
+    lax.fori_loop(0, plan.chunks, fill, ())
+    if interpret:
+        lax.fori_loop(max(plan.chunks - stages, 0), plan.chunks, drain, ())

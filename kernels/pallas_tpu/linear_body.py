@@ -1,0 +1,183 @@
+"""What the bodies of linear attention's kernels on TPU are made of; `at` holds their references."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from kernels.fused.passes import LEAST
+from kernels.pallas_tpu.linear_plan import VECTORS, Plan, f32
+
+
+def begin(at, plan: Plan, *, given: bool = True) -> None:
+    """At the first chunk: the state that is given, or an empty one."""
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        given_one = given and hasattr(at, "state_sums")
+        at.sums[...] = at.state_sums[...] if given_one else jnp.zeros(at.sums.shape, f32)
+        at.norm[...] = at.state_norm[...] if given_one else jnp.zeros(at.norm.shape, f32)
+
+
+def finish(at, plan: Plan) -> None:
+    """At the last chunk: what is left."""
+
+    @pl.when(pl.program_id(2) == plan.grid[2] - 1)
+    def _():
+        at.left_sums[...] = at.sums[...]
+        at.left_norm[...] = at.norm[...]
+
+
+def absorb(at, a: int, keep, entering, v, normalise: bool) -> None:
+    """S and z of head a fade by `keep` and take the entering keys in."""
+    at.sums[a] = keep * at.sums[a] + product(entering, v, 0, 0)
+    if normalise:
+        total = jnp.sum(entering.astype(f32), axis=0, keepdims=True)
+        at.norm[a] = keep * at.norm[a] + total
+
+
+class Vectors:
+    """A head's numbers per token as columns [C, 1] or lines [1, C]; 1 (r: 0) where none are."""
+
+    def __init__(self, plan: Plan, at, a: int, quotient: bool):
+        self.plan, self.at, self.a = plan, at, a
+        self.there = {"inv_den": quotient, "r": quotient}
+
+    def line(self, name: str):
+        """The numbers of that name, [1, C]."""
+        if not self.there.get(name, self.plan.scaled):
+            return 0.0 if name == "r" else 1.0
+        i = VECTORS.index(name)
+        return self.at.vectors[self.a, i : i + 1]
+
+    def col(self, name: str):
+        """The numbers of that name, [C, 1]."""
+        x = self.line(name)
+        return x if isinstance(x, float) else jnp.transpose(x)
+
+    def keep(self):
+        """The factor [1, 1] of the state over the chunk."""
+        x = self.line("keep")
+        return x if isinstance(x, float) else x[:, :1]
+
+    def within(self):
+        """exp(col_j - row_i) at [i, j]; of use where `seen`."""
+        return jnp.exp(self.line("col") - self.col("row")) if self.plan.scaled else 1.0
+
+    def within_back(self):
+        """exp(col_j - row_i) at [j, i]."""
+        return jnp.exp(self.col("col") - self.line("row")) if self.plan.scaled else 1.0
+
+    def seen(self):
+        """[i, j]: query i reads key j."""
+        return self._order(0)
+
+    def seen_back(self):
+        """[j, i]: query i reads key j."""
+        return self._order(1)
+
+    def _order(self, queries: int):
+        shape = (self.plan.chunk, self.plan.chunk)
+        i, j = (jax.lax.broadcasted_iota(jnp.int32, shape, x) for x in (queries, 1 - queries))
+        if self.plan.segmented:
+            return (i >= j) & (self.col("segment") == self.line("segment"))
+        return i >= j
+
+
+def product(x, y, i: int, j: int):
+    """The product of two matrices over dimension i of x and j of y, in float32."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == f32 else jax.lax.Precision.DEFAULT
+    return jax.lax.dot_general(
+        x, y, (((i,), (j,)), ((), ())), precision=precision, preferred_element_type=f32
+    )
+
+
+def _own(plan: Plan, width: int, a: int):
+    """Which lanes of a block are head a's."""
+    lanes = jax.lax.broadcasted_iota(jnp.int32, (1, width), 1)
+    each = width // plan.packed
+    return (lanes >= a * each) & (lanes < (a + 1) * each)
+
+
+def lanes_of(plan: Plan, x, a: int):
+    """The lanes of a block that hold head a, and the heads that share them."""
+    if plan.shared > 1 or plan.packed == 1:
+        return x
+    width = x.shape[1] // plan.packed
+    return x[:, a * width : (a + 1) * width]
+
+
+def head_of(plan: Plan, x, a: int):
+    """Head a of a block; other heads' lanes, where it shares them, are 0."""
+    x = lanes_of(plan, x, a)
+    if plan.shared == 1:
+        return x
+    return jnp.where(_own(plan, x.shape[1], a), x.astype(f32), 0.0).astype(x.dtype)
+
+
+def chosen(plan: Plan, parts):
+    """A block out of what was made for each head, of which its own lanes are good."""
+    if plan.shared == 1:
+        return jnp.concatenate(parts, axis=1)
+    out = parts[0]
+    for a, x in enumerate(parts[1:], 1):
+        out = jnp.where(_own(plan, x.shape[1], a), x, out)
+    return out
+
+
+def added(plan: Plan, parts):
+    """A block out of what was made for each head and is 0 in others' lanes."""
+    if plan.shared == 1:
+        return jnp.concatenate(parts, axis=1)
+    return functools.reduce(jnp.add, parts)
+
+
+def gathered(plan: Plan, parts):
+    """The gradient of a block of heads; features' is 0 in others' lanes already."""
+    return chosen(plan, parts) if plan.rank else added(plan, parts)
+
+
+def times(factor, x):
+    """factor x, rounded to x's dtype."""
+    return x if isinstance(factor, float) else (factor * x.astype(f32)).astype(x.dtype)
+
+
+def end_of(at, a: int):
+    """The keys' factors `end` [C, 1], 1 where none are given."""
+    return jnp.transpose(at.lines[a]) if hasattr(at, "lines") else 1.0
+
+
+def inverse_of(den):
+    """1 / den, 0 where there is no normaliser."""
+    dead = jnp.abs(den) <= LEAST  # NaN is alive
+    return jnp.where(dead, 0.0, 1.0 / jnp.where(dead, 1.0, den))
+
+
+def _parts(weight):
+    return (weight.at[i] for i in range(weight.shape[0]))
+
+
+def logits_of(x, weight):
+    """<x, w_r> [C, R] and |x|^2 [C, 1]."""
+    logits = functools.reduce(jnp.add, (product(x, part[...], 1, 1) for part in _parts(weight)))
+    return logits, jnp.sum(jnp.square(x.astype(f32)), axis=1, keepdims=True)
+
+
+def features(plan: Plan, at, name: str, a: int):
+    """Head a's features of queries or keys, in their dtype."""
+    x = head_of(plan, getattr(at, name)[...], a)
+    if plan.half is None:
+        return x
+    logits, square = logits_of(x, at.weight)
+    shift = jnp.transpose(getattr(at, f"shift_{name}")[a])
+    return jnp.exp(logits - plan.half * square - shift).astype(x.dtype)
+
+
+def through(plan: Plan, at, x, phi, dphi, dot):
+    """The gradient of queries or keys x from that of their features; dot = <phi, dphi>."""
+    if plan.half is None:
+        return dphi
+    dlogits = (dphi * phi).astype(x.dtype)
+    dx = functools.reduce(jnp.add, (product(dlogits, x[...], 1, 0) for x in _parts(at.weight)))
+    return dx - 2 * plan.half * dot * x.astype(f32)

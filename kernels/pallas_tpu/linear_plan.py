@@ -1,0 +1,285 @@
+"""Sizes, blocks and layouts of linear attention's kernels on TPU, and how they are called."""
+
+import functools
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels.fused.passes import Projection
+from kernels.fused.ways import Ways
+
+LANES = 128
+BESIDE = (4, 2, 1)
+"""Heads of 128 channels to a block where nothing is scaled; steps fill each other's waits."""
+VECTORS = ("row", "col", "start", "end", "keep", "segment", "inv_den", "r")
+"""The rows of the block [8, C] of a chunk's float32 numbers per token."""
+
+f32 = jnp.float32
+
+
+class Plan(NamedTuple):
+    """Sizes and choices of a call, all static. packed: heads to a block; depth: D; dim: Dv."""
+
+    batch: int
+    heads: int
+    length: int
+    depth: int
+    dim: int
+    packed: int
+    chunk: int
+    rank: int | None
+    half: float | None
+    scaled: bool
+    segmented: bool
+    backwards: bool = False
+
+    @property
+    def shared(self) -> int:
+        """Heads that have lanes in common, as a block of 128 has: all of a block's, or 1."""
+        return 1 if self.depth % LANES == 0 and self.dim % LANES == 0 else self.packed
+
+    @property
+    def rows(self) -> int:
+        """Of a head's S: features, or the channels of all heads that share its lanes."""
+        return self.rank or self.shared * self.depth
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Batch, blocks of heads, chunks."""
+        return self.batch, self.heads // self.packed, self.length // self.chunk
+
+
+def packed_heads(heads: int, *channels: int) -> int:
+    """The fewest heads whose channels are whole lanes; all of them, which any block may have."""
+    for n in range(1, heads):
+        if heads % n == 0 and not any(n * c % LANES for c in channels):
+            return n
+    return heads
+
+
+def beside(heads: int, arrays) -> int:
+    """Heads of a block that share no lanes, forward: more than one where all is known to fit."""
+    like = (heads, LANES, jnp.bfloat16)
+    if any((*x.shape[2:], x.dtype) != like for x in arrays):
+        return 1
+    return next(n for n in BESIDE if heads % n == 0)
+
+
+def make_plan(arrays, projection: Projection | None, chunk: int, ways: Ways | None = None) -> Plan:
+    """The plan of a call on [B,T,G,D] arrays, the first with D channels, the last with Dv."""
+    first, last = arrays[0], arrays[-1]
+    heads, depth, dim = max(x.shape[2] for x in arrays), first.shape[3], last.shape[3]
+    assert first.shape[1] % chunk == 0, (first.shape, chunk)
+    return Plan(
+        first.shape[0], heads, first.shape[1], depth, dim, packed_heads(heads, depth, dim), chunk,
+        rank=None if projection is None else projection.weight.shape[0],
+        half=None if projection is None else projection.half,
+        scaled=ways is not None,
+        segmented=ways is not None and ways.segments is not None,
+    )  # fmt: skip
+
+
+class Array(NamedTuple):
+    """An operand, or what a result will be, and its block: `at(b, h, c)` of the grid's place."""
+
+    value: Any
+    block: tuple[int | None, ...]
+    at: Any
+
+    def spec(self, plan: Plan) -> pl.BlockSpec:
+        """The block's place in the array for each step of the grid."""
+        last = plan.grid[2] - 1
+        turn = (lambda c: last - c) if plan.backwards else (lambda c: c)
+        return pl.BlockSpec(self.block, lambda b, h, c: self.at(b, h, turn(c)))
+
+
+def call(body, plan: Plan, ins, outs, *, interpret, scratch=None):
+    """Run `body(refs by name)` over the grid: results by name."""
+    scratch = scratch or {}
+    names = [*ins, *outs, *scratch]
+
+    def kernel(*refs):
+        body(SimpleNamespace(**dict(zip(names, refs, strict=True))))
+
+    arrays = _alike([x.value for x in ins.values()])
+    varies = jax.typeof(arrays[0]).manual_axis_type  # inside a shard_map
+    results = pl.pallas_call(
+        kernel,
+        grid=plan.grid,
+        in_specs=[x.spec(plan) for x in ins.values()],
+        out_specs=[x.spec(plan) for x in outs.values()],
+        out_shape=[x.value.update(manual_axis_type=varies) for x in outs.values()],
+        scratch_shapes=list(scratch.values()),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary")
+        ),
+        interpret=interpret or False,
+    )(*arrays)
+    return dict(zip(outs, results, strict=True))
+
+
+def _alike(arrays):
+    """Arrays that vary over the same axes of a mesh, inside a shard_map."""
+    own = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    every = frozenset().union(*own)
+    return [
+        jax.lax.pcast(x, tuple(every - axes), to="varying") if every - axes else x
+        for x, axes in zip(arrays, own, strict=True)
+    ]
+
+
+def tokens(plan: Plan, **arrays) -> dict[str, Array]:
+    """[B,T,G,D] arrays, their heads side by side; one of fewer heads is read, or repeated."""
+    made = {}
+    for name, x in arrays.items():
+        if plan.packed > 1 and x.shape[2] != plan.heads:
+            x = jnp.repeat(x, plan.heads // x.shape[2], axis=2)
+        per = plan.heads // x.shape[2]
+        block = (None, plan.chunk, plan.packed * x.shape[3])
+        at = functools.partial(lambda b, h, c, per: (b, c, jax.lax.div(h, per)), per=np.int32(per))
+        made[name] = Array(x.reshape(*x.shape[:2], -1), block, at)
+    return made
+
+
+def wide(plan: Plan, dtype, channels: int) -> Array:
+    """A result [B, T, H channels]."""
+    shape = jax.ShapeDtypeStruct((plan.batch, plan.length, plan.heads * channels), dtype)
+    return Array(shape, (None, plan.chunk, plan.packed * channels), lambda b, h, c: (b, c, h))
+
+
+def rows_of(plan: Plan) -> Array:
+    """A result of one float32 number per token and head."""
+    shape = (plan.batch, plan.heads, plan.grid[2], 1, plan.chunk)
+    return _line(plan, jax.ShapeDtypeStruct(shape, f32))
+
+
+def _line(plan: Plan, x) -> Array:
+    """Of numbers per token [B,H,N,n,C]."""
+    block = (None, plan.packed, None, *x.shape[3:])
+    return Array(x, block, lambda b, h, c: (b, h, c, 0, 0))
+
+
+def lines(plan: Plan, **arrays) -> dict[str, Array]:
+    """[B,H,T] arrays, those that are not None, as `lines` [B,H,N,n,C]."""
+    given = [x for x in arrays.values() if x is not None]
+    return {"lines": _line(plan, _stacked(plan, given))} if given else {}
+
+
+def _stacked(plan: Plan, arrays):
+    x = jnp.stack([jnp.broadcast_to(x, (plan.batch, plan.heads, plan.length)) for x in arrays], 2)
+    return rearrange(x, "b h e (n c) -> b h n e c", c=plan.chunk)
+
+
+def joined(x):
+    """`rows_of` as [B, H, T]."""
+    return rearrange(x, "b h n 1 c -> b h (n c)")
+
+
+def ways_in(plan: Plan, ways: Ways | None, inv_den=None, r=None) -> dict[str, Array]:
+    """`VECTORS` of every token; what a call does not need is 0."""
+    if ways is None and inv_den is None:
+        return {}
+    made = dict.fromkeys(VECTORS, jnp.zeros((1, 1, 1), f32))
+    if ways is not None:
+        keep = jnp.repeat(ways.keep, plan.chunk, axis=2)
+        made |= dict(zip(VECTORS, (*ways[:4], keep), strict=False))
+        if ways.segments is not None:  # counted, so that float32 holds them
+            changes = ways.segments[:, 1:] != ways.segments[:, :-1]
+            count = jnp.cumsum(jnp.pad(changes, [(0, 0), (1, 0)]).astype(jnp.int32), axis=1)
+            made["segment"] = count.astype(f32)[:, None]
+    if inv_den is not None:
+        made |= {"inv_den": inv_den, "r": r}
+    return {"vectors": _line(plan, _stacked(plan, made.values()))}
+
+
+def given_in(plan: Plan, projection: Projection | None, like, names: str) -> dict[str, Array]:
+    """The projection, and the shifts of what `names` says: q, k or both."""
+    if projection is None:
+        return {}
+    made = weights_in(plan, projection.weight, like)
+    for name in names:
+        shift = getattr(projection, f"shift_{name}")
+        shift = jnp.repeat(shift, plan.heads // shift.shape[1], axis=1)
+        made[f"shift_{name}"] = _line(plan, _stacked(plan, [shift]))
+    return made
+
+
+def weights_in(plan: Plan, weight, like) -> dict[str, Array]:
+    """The projection beside itself for every head of a block; in two parts where x is bfloat16.
+
+    The parts' sum has 16 bits of mantissa: what a logit is off by, its feature is off by in parts.
+    """
+    weight = jnp.tile(weight.astype(f32), (1, plan.shared))
+    if like.dtype == f32:
+        parts = weight[None]
+    else:
+        high = jax.lax.reduce_precision(weight, exponent_bits=8, mantissa_bits=7)
+        parts = jnp.stack([high, weight - high]).astype(like.dtype)
+    return {"weight": Array(parts, parts.shape, lambda b, h, c: (0, 0, 0))}
+
+
+def state_in(plan: Plan, state) -> dict[str, Array]:
+    """S and z, each head's in the rows and lanes of its block."""
+    if state is None:
+        return {}
+    state = [jnp.repeat(x, plan.heads // x.shape[1], axis=1) for x in state]
+    sums, norm = (rearrange(x, "b (p n) ... -> b p n ...", n=plan.packed) for x in state)
+    norm = norm[:, :, :, None]
+    if plan.shared > 1:
+        places = [_place(plan, a) for a in range(plan.packed)]
+        sums = jnp.stack([jnp.pad(sums[:, :, a], [(0, 0), (0, 0), *_outside(plan, *p)])
+                          for a, p in enumerate(places)], 2)  # fmt: skip
+        norm = jnp.stack([jnp.pad(norm[:, :, a], [(0, 0), (0, 0), (0, 0), _outside(plan, *p)[0]])
+                          for a, p in enumerate(places)], 2)  # fmt: skip
+    return {"state_sums": _state(plan, sums), "state_norm": _state(plan, norm)}
+
+
+def _place(plan: Plan, a: int) -> tuple[slice, slice]:
+    """The rows and lanes of S that are head a's own."""
+    if plan.shared == 1:
+        return slice(None), slice(None)
+    rows = slice(None) if plan.rank else slice(a * plan.depth, (a + 1) * plan.depth)
+    return rows, slice(a * plan.dim, (a + 1) * plan.dim)
+
+
+def _outside(plan: Plan, rows: slice, lanes: slice) -> list[tuple[int, int]]:
+    width = plan.packed * plan.dim
+    first = (0, 0) if plan.rank else (rows.start, plan.rows - rows.stop)
+    return [first, (lanes.start, width - lanes.stop)]
+
+
+def _state(plan: Plan, x) -> Array:
+    return Array(x, (None, None, *x.shape[2:]), lambda b, h, c: (b, h, 0, 0, 0))
+
+
+def state_out(plan: Plan) -> dict[str, Array]:
+    """The state that the last chunk leaves."""
+    batch, blocks = plan.grid[:2]
+    shapes = {"left_sums": (plan.rows, plan.shared * plan.dim), "left_norm": (1, plan.rows)}
+    return {
+        name: _state(plan, jax.ShapeDtypeStruct((batch, blocks, plan.packed, *x), f32))
+        for name, x in shapes.items()
+    }
+
+
+def state_scratch(plan: Plan) -> dict[str, Any]:
+    """The state between chunks."""
+    return {
+        "sums": pltpu.VMEM((plan.packed, plan.rows, plan.shared * plan.dim), f32),
+        "norm": pltpu.VMEM((plan.packed, 1, plan.rows), f32),
+    }
+
+
+def state_of(plan: Plan, made):
+    """(S [B,H,R,Dv], z [B,H,R]) out of what the last chunk wrote."""
+    sums, norm = made["left_sums"], made["left_norm"]
+    places = [_place(plan, a) for a in range(plan.packed)]
+    sums = [sums[:, :, a, rows, lanes] for a, (rows, lanes) in enumerate(places)]
+    norm = [norm[:, :, a, 0, rows] for a, (rows, _) in enumerate(places)]
+    return tuple(rearrange(jnp.stack(x, 2), "b p n ... -> b (p n) ...") for x in (sums, norm))
