@@ -80,17 +80,7 @@ def resident_forward(q, k, v, *, scale: float, keys, interpret) -> tuple[jax.Arr
     mask = () if keys is None else (jnp.where(keys, 0.0, hidden).astype(jnp.float32),)
     tiles = queries // TILE
     each = _even(tiles, heads * batch)
-    barrier = functools.partial(plgpu.Barrier, num_barriers=WARPGROUPS * stages)
-    scratch = {
-        "whole": shared((2, count, dim), k.dtype),
-        "mask": [plgpu.SMEM((count,), jnp.float32) for _ in mask],
-        "queries": shared((WARPGROUPS * stages, HEIGHT, dim), q.dtype),
-        "loaded": plgpu.Barrier(num_arrivals=2 + len(mask)),
-        "full": barrier(), "empty": barrier(),
-        "zero": plgpu.SMEM((WARPGROUPS, 128), jnp.int32),
-        "out": results(dim, v.dtype),
-        "operand": spare((WARPGROUPS, *shape), v.dtype, interpret),
-    }  # fmt: skip
+    scratch = _scratch(k, stages, len(mask), interpret)
 
     def kernel(*refs):
         q, *refs = refs
@@ -173,6 +163,21 @@ def resident_forward(q, k, v, *, scale: float, keys, interpret) -> tuple[jax.Arr
         scratch_types=[scratch],
         interpret=interpret,
     )(q, k, v, *mask)
+
+
+def _scratch(keys, stages: int, masks: int, interpret) -> dict:
+    count, dim, dtype = keys.shape[1], keys.shape[3], keys.dtype
+    barrier = functools.partial(plgpu.Barrier, num_barriers=WARPGROUPS * stages)
+    return {
+        "whole": shared((2, count, dim), dtype),
+        "mask": [plgpu.SMEM((count,), jnp.float32) for _ in range(masks)],
+        "queries": shared((WARPGROUPS * stages, HEIGHT, dim), dtype),
+        "loaded": plgpu.Barrier(num_arrivals=2 + masks),
+        "full": barrier(), "empty": barrier(),
+        "zero": plgpu.SMEM((WARPGROUPS, 128), jnp.int32),
+        "out": results(dim, dtype),
+        "operand": spare((WARPGROUPS, HEIGHT, count), dtype, interpret),
+    }  # fmt: skip
 
 
 def _even(tiles: int, heads: int) -> int:

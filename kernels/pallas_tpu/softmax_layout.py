@@ -1,4 +1,4 @@
-"""How heads lie in the blocks of TPU's softmax attention; arrays brought into that order and back."""
+"""How heads lie in blocks of TPU's softmax attention; arrays brought into that order, and back."""
 
 import math
 from typing import NamedTuple

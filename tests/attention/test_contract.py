@@ -266,9 +266,7 @@ def test_an_unknown_need_is_refused():
 @pytest.mark.parametrize("expression", EXPRESSIONS)
 def test_a_backend_that_cannot_run_here_says_so(expression, backend):
     made = holder(expression, backend=backend)
-    with pytest.raises(
-        NotImplementedError, match=f"(has no|with) backend '{backend}'"
-    ):
+    with pytest.raises(NotImplementedError, match=f"(has no|with) backend '{backend}'"):
         jax.eval_shape(lambda x: made(x, mask=support.plain(expression)), draw_x(expression, SHORT))
 
 

