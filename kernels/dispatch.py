@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from kernels.target import Chip, target
 
-Backend = Literal["auto", "xla", "pallas", "cudnn"]
+Backend = Literal["auto", "xla", "pallas", "cudnn", "tiled"]
 PROVEN: dict[tuple[Chip, str], frozenset[str]] = {}
 """Ops by chip and backend that `python -m kernels.bench` has found right, and faster than XLA,
 there: what `auto` may take beside XLA. None yet: no such chip has been at hand."""

@@ -66,7 +66,8 @@ def _favor(causal: bool):
 
 
 def _softmax(causal: bool):
-    return lambda q, k, v: softmax_attention(q, k, v, mask=Mask(causal=causal))
+    mask = Mask(causal=causal)
+    return lambda q, k, v: softmax_attention(q, k, v, mask=mask, backend="tiled")
 
 
 def _linformer(q, k, v):

@@ -203,9 +203,16 @@ def _linear(case: Case) -> bool:
     return case.op in ("linear_attention", "favor_attention", "gated_linear_attention")
 
 
-def _cases(op: str, *sizes: tuple[int, int, int, int], **options: Any) -> tuple[Case, ...]:
+def _cases(
+    op: str, *sizes: tuple[int, int, int, int], causal: bool = False, groups: int = 0,
+    rank: int = 0, window: int = 0, segments: int = 0, dtype: str = "bfloat16",
+) -> tuple[Case, ...]:  # fmt: skip
     """Cases of one op at sizes (B, T, H, D)."""
-    return tuple(Case(op=op, batch=b, length=t, heads=h, dim=d, **options) for b, t, h, d in sizes)
+    return tuple(
+        Case(op=op, batch=b, length=t, heads=h, dim=d, causal=causal, groups=groups, rank=rank,
+             window=window, segments=segments, dtype=dtype)
+        for b, t, h, d in sizes
+    )  # fmt: skip
 
 
 PUBLISHED = (

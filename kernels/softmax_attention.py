@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
+from kernels.chunked_softmax import chunked_softmax, refuse_chunked
 from kernels.dispatch import Backend, Path, run
 from kernels.fused import softmax as fused_softmax
 from kernels.mask import Mask, check_heads
@@ -35,7 +36,8 @@ def softmax_attention(
     by default. `logit_cap` c replaces a logit l by c tanh(l / c) (Gemma 2, arXiv 2408.00118).
     `slopes` m take m_h |t - s| off the logits of head h (ALiBi, arXiv 2108.12409); s counts from 0,
     and t does too, unless `positions` says where the queries stand. Logits and their softmax are
-    float32 whatever the inputs are. Memory is linear in T for a given S.
+    float32 whatever the inputs are. Memory is linear in T for a given S. "tiled" is for a CPU,
+    two to five times as fast there as "xla" from 512 tokens on (`kernels.chunked_softmax`).
 
     Raises:
         ValueError: the mask does not fit, or G does not divide H.
@@ -52,6 +54,7 @@ def softmax_attention(
     paths = {
         "cudnn": Path(fused_softmax.cudnn, fused_softmax.refuse_cudnn),
         "pallas": Path(fused_softmax.softmax, fused_softmax.refuse_softmax),
+        "tiled": Path(chunked_softmax, refuse_chunked),
         "xla": Path(_xla),
     }
     return run("softmax_attention", backend, paths, (q, k, v), how)

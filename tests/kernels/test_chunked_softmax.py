@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import Mask, reference
+from kernels import Mask, reference, softmax_attention
 from kernels.chunked_softmax import chunked_softmax, refuse_chunked
 from kernels.target import use
 from tests.kernels.compare import MASKS, agree, arrays, both, mask_of
@@ -25,6 +25,14 @@ def qkv(length, *, keys=None, heads=4, groups=4, dim=8, values=None):
     values = dim if values is None else values
     shapes = {"q": (4, length, heads, dim), "k": (4, keys, groups, dim)}
     return arrays(0, **shapes, v=(4, keys, groups, values))
+
+
+def test_the_op_has_it_by_name():
+    given = {name: jnp.asarray(x) for name, x in qkv(23).items()}
+    out = softmax_attention(**given, backend="tiled")
+    np.testing.assert_allclose(out, softmax_attention(**given), rtol=1e-5, atol=1e-5)
+    with pytest.raises(NotImplementedError, match="backend 'tiled'.*logit_cap"):
+        softmax_attention(**given, logit_cap=30.0, backend="tiled")
 
 
 @pytest.mark.parametrize(
