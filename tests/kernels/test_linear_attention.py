@@ -206,3 +206,32 @@ def test_a_first_key_of_no_weight_leaves_an_empty_state():
 )
 def test_chunks_are_even(length, chunk, expected):
     assert even(length, chunk) == expected
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_grouped_heads_are_repeated_heads(causal):
+    given = arrays(q=(2, 21, 4, 6), k=(2, 21, 2, 6), v=(2, 21, 2, 5), log_scale=(2, 21, 2))
+    given = {name: jnp.asarray(x) for name, x in given.items()}
+    repeated = {name: jnp.repeat(x, 2, axis=2) for name, x in given.items() if name != "q"}
+    phi = lambda x, at: (jax.nn.softplus(x), x[..., 0])  # noqa: E731
+    how = {"features": phi, "mask": Mask(causal=causal), "chunk": 8}
+    out = op(**given, **how)
+    expected = op(given["q"], **repeated, **how)
+    np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_step_of_grouped_heads_is_one_of_repeated_heads():
+    given = arrays(q=(2, 1, 4, 6), k=(2, 1, 2, 6), v=(2, 1, 2, 5), log_scale=(2, 1, 2))
+    given = {name: jnp.abs(jnp.asarray(x)) for name, x in given.items()}
+    repeated = {name: jnp.repeat(x, 2, axis=2) for name, x in given.items() if name != "q"}
+    state = linear_attention_init(2, 4, 6, 5)
+    out, left = linear_attention_step(**given, state=state)
+    expected, kept = linear_attention_step(given["q"], **repeated, state=state)
+    np.testing.assert_array_equal(out, expected)
+    np.testing.assert_array_equal(left.memory, kept.memory)
+
+
+def test_groups_that_do_not_divide_are_refused():
+    q, k = jnp.ones((1, 4, 4, 2)), jnp.ones((1, 4, 3, 2))
+    with pytest.raises(ValueError, match="3 key-value heads do not divide 4 heads"):
+        op(q, k, k)
