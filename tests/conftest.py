@@ -21,15 +21,20 @@ install_import_hook(["efficient_attn", "kernels"], "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+RUNS = {"train", "evals", "tools"}
+"""Folders of few and long tests: begun last, they would keep one worker waiting."""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Under `-n` one worker has all tests of an expression, or else of a file.
+    """Under `-n` one worker has all tests of an expression, or else of a file; whole runs first.
 
     `further` marks the tests of a mechanism's options beyond its first variant; those of the
     contract are `slow`, as the comparison with float64 formulas covers their masks too.
     """
     from tests import support  # with jax, which the lines above have set up
 
+    items.sort(key=lambda item: item.path.parent.name not in RUNS)  # else stable
     for item in items:
         expression = getattr(item, "callspec", None) and item.callspec.params.get("expression")
         group = expression if isinstance(expression, str) else str(item.path)

@@ -51,7 +51,14 @@ HYBRIDS = [
     "lsra(attention=linformer(rank=4))",
     "linformer(rank=4, sharing='layerwise')",
 ]
-CASES = [(name, text) for name in OPTIONS for text in FIRSTS + HYBRIDS]
+CASES = [
+    # a dual encoder is the encoder twice: some stand for all
+    pytest.param(
+        name, text, marks=[pytest.mark.slow] * (name == "dual_encoder" and text in FIRSTS[3:])
+    )
+    for name in OPTIONS
+    for text in FIRSTS + HYBRIDS
+]
 
 
 def lacks(name, expression) -> frozenset[str]:
