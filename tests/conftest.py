@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items):
     """Under `-n` one worker has all tests of an expression, or else of a file; whole runs first.
 
     `further` marks the tests of a mechanism's options beyond its first variant; those of the
-    contract are `slow`, as the comparison with float64 formulas covers their masks too.
+    contract and of bfloat16 are `slow`: the comparison with float64 formulas covers their masks.
     """
     from tests import support  # with jax, which the lines above have set up
 
@@ -41,7 +41,8 @@ def pytest_collection_modifyitems(items):
         item.add_marker(pytest.mark.xdist_group(group))
         if expression in support.EXPRESSIONS and expression not in support.FIRSTS:
             item.add_marker(pytest.mark.further)
-            if item.path == ROOT / "tests" / "attention" / "test_contract.py":
+            contract = item.path == ROOT / "tests" / "attention" / "test_contract.py"
+            if contract or item.originalname == "test_bfloat16_stays_near_float32":
                 item.add_marker(pytest.mark.slow)
 
 
