@@ -24,13 +24,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 RUNS = {"train", "evals", "tools"}
 """Folders of few and long tests: begun last, they would keep one worker waiting."""
 
+LEFT_OUT = {"test_bfloat16_stays_near_float32", "test_compiled_memory_grows_linearly"}
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Under `-n` one worker has all tests of an expression, or else of a file; whole runs first.
 
     `further` marks the tests of a mechanism's options beyond its first variant; those of the
-    contract and of bfloat16 are `slow`: the comparison with float64 formulas covers their masks.
+    contract and `LEFT_OUT` are `slow`: the comparison with float64 formulas covers their masks.
     """
     from tests import support  # with jax, which the lines above have set up
 
@@ -42,7 +44,7 @@ def pytest_collection_modifyitems(items):
         if expression in support.EXPRESSIONS and expression not in support.FIRSTS:
             item.add_marker(pytest.mark.further)
             contract = item.path == ROOT / "tests" / "attention" / "test_contract.py"
-            if contract or item.originalname == "test_bfloat16_stays_near_float32":
+            if contract or item.originalname in LEFT_OUT:
                 item.add_marker(pytest.mark.slow)
 
 
