@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernels.dispatch import Backend, Path, run
 from kernels.fused import linear as fused_linear
+from kernels.fused.passes import LEAST
 from kernels.mask import Mask, check_heads
 from kernels.recurrence import Reach, scan_chunks
 
@@ -30,9 +31,6 @@ FeatureMap = Callable[
     tuple[Float[Array, "B C H R"], Float[Array, "B C H"] | None],
 ]
 """phi(x) = features exp(log_scale) of queries or keys at given positions; float32."""
-
-LEAST = 1e-30
-"""A normaliser below this is none: its inverse, times values and their gradient, would overflow."""
 
 
 class LinearState(NamedTuple):

@@ -17,7 +17,7 @@ from kernels.fused.ways import finite, of_decays, of_scales
 
 MODULES = {"tpu": "kernels.pallas_tpu.linear", "hopper": "kernels.pallas_gpu.linear"}
 LEAST = 1e-30
-"""A normaliser below this is none, as in `kernels.linear_attention`."""
+"""A normaliser below this is none: its inverse, times values and their gradient, would overflow."""
 
 
 class Projection(NamedTuple):

@@ -28,6 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels.fused.passes import LEAST
 from kernels.pallas_gpu.feed import chunk_of, feed, place_of
 from kernels.pallas_gpu.plan import (
     CHUNK,
@@ -52,8 +53,6 @@ from kernels.pallas_gpu.wgmma import (
     matmul,
 )
 
-LEAST = 1e-30
-"""A normaliser below this is none."""
 PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 """Lane semantics take layouts as they are said; Mosaic's search for them, which Warpgroup semantics
 start, did not come back from some of these kernels within minutes."""

@@ -7,11 +7,9 @@ import pytest
 
 from kernels import Mask, target
 from tests import support
+from tests.kernels.simulated import pallas
 
-pytestmark = pytest.mark.skipif(
-    tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11),
-    reason="the fused kernels need jax 0.11.2",
-)
+pytestmark = pallas
 
 ON_TPU = (
     "softmax",

@@ -20,10 +20,6 @@ REFUSED = {"segments"}
 """Masks that the kernels leave to XLA."""
 ALL, CAUSAL = Mask(), Mask(causal=True)
 slow = pytest.mark.slow
-newer = pytest.mark.skipif(
-    tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11),
-    reason="fused kernels are tested from jax 0.11 on",
-)
 
 
 def linear(q, k, v, *, log_scale=None, mask=ALL, interpret=True):

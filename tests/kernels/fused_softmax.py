@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import pytest
 
@@ -12,9 +11,6 @@ from kernels.fused.softmax import Tiles
 from kernels.target import use
 from tests.kernels.compare import arrays
 
-pallas = pytest.mark.skipif(
-    tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11), reason="Pallas from jax 0.11"
-)
 WINDOWS = ((0, 0), (3, 2), (16, 0), (1000, 5), (1000, 1000))
 SMALL, NONE = Tiles(16, 8), Mask()
 

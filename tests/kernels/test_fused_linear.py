@@ -24,15 +24,15 @@ from tests.kernels.fused_linear import (
     features,
     gated,
     linear,
-    newer,
     queries,
     quick,
     rows,
     slow,
     together,
 )
+from tests.kernels.simulated import pallas
 
-pytestmark = newer
+pytestmark = pallas
 
 
 @pytest.mark.parametrize(

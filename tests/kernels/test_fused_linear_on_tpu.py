@@ -18,16 +18,15 @@ from tests.kernels.fused_linear import (
     features,
     gated,
     linear,
-    newer,
     queries,
     quick,
     rows,
     slow,
     together,
 )
-from tests.kernels.simulated import SIMULATOR
+from tests.kernels.simulated import SIMULATOR, pallas
 
-pytestmark = newer
+pytestmark = pallas
 
 
 def simulated(op, given, mask, **options):

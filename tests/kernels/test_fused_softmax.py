@@ -24,12 +24,12 @@ from tests.kernels.fused_softmax import (
     WINDOWS,
     expected_window,
     linformer,
-    pallas,
     qkv,
     slow,
     softmax,
     window,
 )
+from tests.kernels.simulated import pallas
 
 pytestmark = pallas
 

@@ -18,13 +18,12 @@ from tests.kernels.fused_softmax import (
     NONE,
     expected_window,
     linformer,
-    pallas,
     qkv,
     slow,
     softmax,
     window,
 )
-from tests.kernels.simulated import SIMULATOR
+from tests.kernels.simulated import SIMULATOR, pallas
 
 pytestmark = pallas
 
