@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import bench, device_time, rivals, shapes
+from kernels import shapes
+from kernels.bench import device_time, rivals, run
 from kernels.shapes import Case
 
 LINEAR = Case(op="linear_attention", batch=1, length=8192, heads=96, dim=128, causal=True)
@@ -73,22 +74,22 @@ def test_an_op_that_is_not_there_is_refused():
 
 def small(dtype="float32"):
     case = dataclasses.replace(SMALL, dtype=dtype)
-    given = bench.inputs(dataclasses.replace(case, length=64))[:2]
-    return case, given, bench.truth(case, given[0])
+    given = run.inputs(dataclasses.replace(case, length=64))[:2]
+    return case, given, run.truth(case, given[0])
 
 
 def test_what_is_right_is_timed_and_rated():
     case, given, expected = small()
     clock = device_time.timer()
-    rows = bench.measure("xla", case, given, expected, clock)
+    rows = run.measure("xla", case, given, expected, clock)
     assert [row["pass"] for row in rows] == ["forward", "training"]
     ceilings = {"bytes_per_second": 1e9, "flops_per_second": 1e12}
-    row = bench.rated(case, rows[0], ceilings)
+    row = run.rated(case, rows[0], ceilings)
     assert row["low"] <= row["ms"] <= row["high"]
     assert row["error_forward"] < 1e-5
     assert row["bound_ms"] == pytest.approx(1e3 * shapes.traffic(case, "forward") / 1e9)
     assert row["of_bound"] == pytest.approx(row["bound_ms"] / row["ms"])
-    assert "of the bound" in bench.line(row)
+    assert "of the bound" in run.line(row)
 
 
 @pytest.mark.parametrize("place", [0, 2])
@@ -101,22 +102,22 @@ def test_what_is_wrong_is_not_timed(monkeypatch, place):
         made[place] = made[place] * 1.01
         return tuple(made)
 
-    monkeypatch.setattr(bench, "candidate", lambda name, case: (forward, off, False))
-    (row,) = bench.measure("xla", case, given, expected, device_time.timer())
+    monkeypatch.setattr(run, "candidate", lambda name, case: (forward, off, False))
+    (row,) = run.measure("xla", case, given, expected, device_time.timer())
     assert "ms" not in row
     assert row["skipped"].startswith("wrong: " + ("output", "gradient")[place > 0])
 
 
 def test_nan_is_wrong():
     x = jnp.ones(4)
-    assert bench.wrong(SMALL, (x * jnp.nan, x), (x, x))[0]
-    assert bench.wrong(SMALL, (x, x * jnp.nan), (x, x))[0]
-    assert bench.wrong(SMALL, (x, x), (x, x))[0] is None
+    assert run.wrong(SMALL, (x * jnp.nan, x), (x, x))[0]
+    assert run.wrong(SMALL, (x, x * jnp.nan), (x, x))[0]
+    assert run.wrong(SMALL, (x, x), (x, x))[0] is None
 
 
 def test_what_fails_says_why():
     case, given, expected = small()
-    (row,) = bench.measure("pallas", case, given, expected, device_time.timer())
+    (row,) = run.measure("pallas", case, given, expected, device_time.timer())
     assert "pallas" in row["skipped"]
 
 
@@ -160,17 +161,17 @@ def test_jaxs_profiler_still_writes_such_a_trace(tmp_path):
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "commit", lambda: "abc1234")
-    monkeypatch.setattr(bench, "ceilings", lambda clock: {"bytes_per_second": 1e9,
+    monkeypatch.setattr(run, "commit", lambda: "abc1234")
+    monkeypatch.setattr(run, "ceilings", lambda clock: {"bytes_per_second": 1e9,
                                                           "flops_per_second": 1e9})  # fmt: skip
     times = iter([{"ms": 1.0, "low": 1.0, "high": 1.0, "timer": "clock"}] * 2)
     monkeypatch.setattr(device_time.Timer, "__call__", lambda *_, torch: next(times))
-    assert bench.run([SMALL], tmp_path, 1e-9) == 3
-    assert bench.run([dataclasses.replace(SMALL, dtype="float32")], tmp_path, 1.0) == 0
+    assert run.run([SMALL], tmp_path, 1e-9) == 3
+    assert run.run([dataclasses.replace(SMALL, dtype="float32")], tmp_path, 1.0) == 0
     (path,) = tmp_path.glob("bench-*.json")
     rows = json.loads(path.read_text())["rows"]
     assert [row["by"] for row in rows] == ["pallas", "xla", "xla", "fla"]
-    assert bench.run([dataclasses.replace(SMALL, dtype="float32")], tmp_path, 1.0) == 0
+    assert run.run([dataclasses.replace(SMALL, dtype="float32")], tmp_path, 1.0) == 0
     assert json.loads(path.read_text())["rows"] == rows
     assert "run again" in capsys.readouterr().out
     pytest.importorskip("matplotlib")

@@ -1,8 +1,8 @@
-"""`kernels.peers`: ours beside PyTorch's, where torch is installed, and without it."""
+"""`kernels.bench.peers`: ours beside PyTorch's, where torch is installed, and without it."""
 
 import pytest
 
-from kernels import peers
+from kernels.bench import peers
 
 
 @pytest.fixture

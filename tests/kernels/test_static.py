@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from kernels import compiler_reports as reports
-from kernels import shapes, static
+from kernels import shapes
+from kernels.static import __main__ as static
+from kernels.static import ahead, budget, reports
 
 PTXAS = """\
 ptxas warning : Registers are spilled to local memory in function 'body_mosaic_gpu_kernel', \
@@ -132,8 +133,8 @@ BUDGET = {"case": {"body_0": KERNEL}}
 
 
 def test_nothing_to_complain_of():
-    assert static.complaints("case", said(), BUDGET) == []
-    assert static.complaints("case", said(hgmma=20), BUDGET) == []
+    assert budget.complaints("case", said(), BUDGET) == []
+    assert budget.complaints("case", said(hgmma=20), BUDGET) == []
 
 
 @pytest.mark.parametrize(
@@ -146,33 +147,33 @@ def test_nothing_to_complain_of():
     ],
 )
 def test_what_is_worse_than_the_budget_is_named(changes, words):
-    first, *_ = static.complaints("case", said(**changes), BUDGET)
+    first, *_ = budget.complaints("case", said(**changes), BUDGET)
     assert words in first
 
 
 def test_a_spill_is_wrong_though_the_budget_has_it():
     spilled = {"case": {"body_0": KERNEL | {"spill": 12}}}
-    assert static.complaints("case", said(spill=12), spilled)
-    assert static.complaints("case", said(spill=12), None)
+    assert budget.complaints("case", said(spill=12), spilled)
+    assert budget.complaints("case", said(spill=12), None)
 
 
 def test_estimates_have_leeway_and_no_more():
-    budget = {"case": {"f": {"cycles": 1000}}}
-    assert not static.complaints("case", {"kernels": {"f": {"cycles": 1020}}}, budget)
-    assert static.complaints("case", {"kernels": {"f": {"cycles": 1021}}}, budget)
+    least = {"case": {"f": {"cycles": 1000}}}
+    assert not budget.complaints("case", {"kernels": {"f": {"cycles": 1020}}}, least)
+    assert budget.complaints("case", {"kernels": {"f": {"cycles": 1021}}}, least)
 
 
 def test_what_fails_is_refused_or_comes_and_goes_is_named():
-    assert static.complaints("case", {"failed": "VMEM"}, None) == ["case: VMEM"]
-    assert "now refused" in static.complaints("case", {"refused": "too long"}, BUDGET)[0]
-    assert static.complaints("new", {"refused": "too long"}, BUDGET) == []
-    assert "not in the budget" in static.complaints("new", said(), BUDGET)[0]
+    assert budget.complaints("case", {"failed": "VMEM"}, None) == ["case: VMEM"]
+    assert "now refused" in budget.complaints("case", {"refused": "too long"}, BUDGET)[0]
+    assert budget.complaints("new", {"refused": "too long"}, BUDGET) == []
+    assert "not in the budget" in budget.complaints("new", said(), BUDGET)[0]
     other = {"kernels": {"body_0": KERNEL, "body_1": KERNEL}}
-    assert "body_1" in static.complaints("case", other, BUDGET)[0]
+    assert "body_1" in budget.complaints("case", other, BUDGET)[0]
 
 
 def test_a_compiler_that_is_missing_is_said_with_the_remedy(monkeypatch, capsys):
-    monkeypatch.setattr(static.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(ahead.importlib.util, "find_spec", lambda name: None)
     assert static.main(["--target", "v6e"]) == 2
     assert 'pip install "jax[tpu]' in capsys.readouterr().err
 
@@ -180,11 +181,11 @@ def test_a_compiler_that_is_missing_is_said_with_the_remedy(monkeypatch, capsys)
 @pytest.fixture
 def compiled(monkeypatch, tmp_path):
     """Compilers that say the same of every case, and a budget of their own."""
-    monkeypatch.setattr(static, "missing", lambda chip: None)
-    monkeypatch.setattr(static, "BUDGET", tmp_path / "budget.json")
+    monkeypatch.setattr(ahead, "missing", lambda chip: None)
+    monkeypatch.setattr(budget, "BUDGET", tmp_path / "budget.json")
     figures = dict(KERNEL)
     report = {"kernels": {"body_0": figures, "": {"temporary": 7}}}
-    monkeypatch.setattr(static, "examine", lambda name, case, run: report)
+    monkeypatch.setattr(ahead, "examine", lambda name, case, run: report)
     return figures
 
 
@@ -204,7 +205,7 @@ def test_written_figures_are_kept_and_a_later_spill_or_growth_fails(compiled, ca
 
 
 def test_the_budget_has_no_spill_and_knows_its_cases():
-    kept = json.loads(static.BUDGET.read_text())
+    kept = json.loads(budget.BUDGET.read_text())
     known = {f"{case.name}, {run}" for case in shapes.SHIPPED for run in shapes.PASSES}
     for versions in kept.values():
         for cases in versions.values():
@@ -214,9 +215,9 @@ def test_the_budget_has_no_spill_and_knows_its_cases():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", static.CHIPS)
+@pytest.mark.parametrize("name", ahead.CHIPS)
 def test_shipped_kernels_keep_to_their_budget(name, capsys):
-    if why := static.missing(static.CHIPS[name]):
+    if why := ahead.missing(ahead.CHIPS[name]):
         pytest.skip(why)
     status = static.main(["--target", name, "--check"])
     assert status == 0, capsys.readouterr().out

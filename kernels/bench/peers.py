@@ -23,12 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.bench import commit, versions
+from kernels.bench.rivals import package
+from kernels.bench.run import commit, versions
 from kernels.favor_attention import favor_attention
 from kernels.linear_attention import linear_attention
 from kernels.linformer_attention import linformer_attention
 from kernels.mask import Mask
-from kernels.rivals import package
 from kernels.softmax_attention import softmax_attention
 
 BATCH, HEADS, DIM, RANK = 4, 8, 64, 256
@@ -251,7 +251,7 @@ def main(folder: Path, *, quick: bool = False) -> int:
     try:
         found["torch threads"] = str(package("torch").get_num_threads())
     except NotImplementedError as why:
-        print(f"no peers: {why}; see the head of kernels/peers.py")
+        print(f"no peers: {why}; see the head of kernels/bench/peers.py")
         return 2
     print(f"commit {commit()}, {found}; forward and backward, ours and then the peer's")
     rows = []

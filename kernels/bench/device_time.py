@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from kernels.rivals import package
+from kernels.bench.rivals import package
 
 SAMPLES, SECONDS, MOST = 7, 0.1, 50
 """Batches of calls; what one is to take, as far as `MOST` calls allow."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kernels.rivals import package
+from kernels.bench.rivals import package
 from kernels.shapes import PASSES
 
 MARKS = {"pallas": "o", "xla": "s", "cudnn": "^", "tokamax": "v", "jla": "D", "fla": "P"}
