@@ -18,7 +18,7 @@ def build(cls: type[T], options: Mapping[str, Any], *, where: str) -> T:
 
     `where` names the options in messages ("config.train", "linformer"). Lists become tuples and
     integers become floats where the field asks for that; nothing else is converted. A field whose
-    type is itself a dataclass takes a mapping.
+    type is itself a dataclass takes a mapping, a tuple of them mappings.
 
     Raises:
         UserError: an unknown name, a value of another type, or whatever `cls.__post_init__`
@@ -43,6 +43,11 @@ def _coerce(value: Any, hint: Any, *, where: str) -> Any:
     if isinstance(value, list):
         value = tuple(value)
     members = typing.get_args(hint) or (hint,)
+    if isinstance(value, tuple) and typing.get_origin(hint) is tuple:
+        value = tuple(
+            _coerce(x, members[0], where=f"{where}[{i}]") if isinstance(x, Mapping) else x
+            for i, x in enumerate(value)
+        )
     if isinstance(value, int) and not isinstance(value, bool) and float in members:
         value = float(value) if int not in members else value
     if not _fits(value, hint):

@@ -39,7 +39,9 @@ class Site:
 
     seq: the longest sequence of keys it will see. layer: its index in the stack, from 0. positions:
     what self-attention itself knows of them: queries and keys are turned ("rotary"), or logits
-    fall with the distance ("alibi").
+    fall with the distance ("alibi"). grid: (rows, columns) where the sequence is a picture of
+    `seq` = rows x columns, row by row, and nothing else. qkv_bias: whether the projections to
+    queries, keys and values have one.
     """
 
     width: int
@@ -49,6 +51,8 @@ class Site:
     positions: Literal["none", "rotary", "alibi"] = "none"
     dtype: Any = jnp.float32
     backend: Backend = "auto"
+    grid: tuple[int, int] | None = None
+    qkv_bias: bool = True
 
     def __post_init__(self):
         require(
@@ -77,6 +81,7 @@ class Mechanism(nnx.Module):
     """What cores and mixers have in common: options, capabilities and cost, stated as data.
 
     `remedy` is the option that brings all of `supports`, where another value takes some of it away.
+    `on_grids` says that it works on pictures alone (`Site.grid`).
     """
 
     @dataclass(frozen=True)
@@ -86,6 +91,7 @@ class Mechanism(nnx.Module):
     paper: ClassVar[str]
     supports: ClassVar[frozenset[str]] = frozenset()
     remedy: ClassVar[str] = ""
+    on_grids: ClassVar[bool] = False
 
     @classmethod
     def capabilities(cls, config: Any) -> frozenset[str]:

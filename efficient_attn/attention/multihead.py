@@ -34,9 +34,9 @@ class MultiHead(Mixer):
         keys = core.kv_heads * site.head_dim
         self.core = core
         self.allowed = capabilities
-        self.query = linear(site.width, site, rngs=rngs)
-        self.key = linear(keys, site, rngs=rngs)
-        self.value = linear(keys, site, rngs=rngs)
+        self.query = linear(site.width, site, use_bias=site.qkv_bias, rngs=rngs)
+        self.key = linear(keys, site, use_bias=site.qkv_bias, rngs=rngs)
+        self.value = linear(keys, site, use_bias=site.qkv_bias, rngs=rngs)
         self.out = linear(site.width, site, rngs=rngs)
 
     def __call__(self, x, context=None, *, mask, positions=None, rngs=None, shared):
@@ -91,7 +91,16 @@ class MultiHead(Mixer):
 def make_mixer(
     choice: Choice, site: Site, *, rngs: nnx.Rngs, shared: dict[str, nnx.Module]
 ) -> Mixer:
-    """The mixer that `choice` names: itself, or a `MultiHead` around its core."""
+    """The mixer that `choice` names: itself, or a `MultiHead` around its core.
+
+    Raises:
+        UserError: options that do not fit the site; a mixer of pictures where there is none.
+    """
+    require(
+        site.grid is not None or not choice.mechanism.on_grids,
+        f"{choice} mixes the rows and columns of a picture, and the sequence of this model is "
+        "none: use it in an image model, without a class token (model.pool='mean')",
+    )
     made = choice.mechanism(choice.config, site, rngs=rngs, shared=shared)  # type: ignore[call-arg]
     if isinstance(made, Core):
         return MultiHead(made, capabilities=choice.mechanism.capabilities(choice.config), rngs=rngs)

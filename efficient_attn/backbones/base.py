@@ -1,8 +1,9 @@
 """What backbones share: the input they are built for, pooling, and the classifier."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -12,6 +13,7 @@ from efficient_attn import attention
 from efficient_attn.errors import UserError
 from kernels.dispatch import Backend
 
+NATIVE = "native"
 Pool = Literal["mean", "cls"]
 Kind = Literal["image", "tokens", "pair", "text", "masked", "translation"]
 
@@ -43,15 +45,65 @@ class Input:
 
 @dataclass(frozen=True, kw_only=True)
 class Build:
-    """How a backbone computes: the attention expression, the backend, the compute dtype."""
+    """How a backbone computes: the attention expression, the backend, the compute dtype.
+
+    attention: "native" is the backbone's own, where it has one.
+    """
 
     attention: str
     backend: Backend = "auto"
     dtype: Any = jnp.float32
 
+    def expression(self, native: str) -> str:
+        """The attention expression for a place where the backbone's own is `native`."""
+        return native if self.attention == NATIVE else self.attention
+
+
+class Rule(NamedTuple):
+    """Where a module's weights are found in a PyTorch network's: names as data.
+
+    ours: a regular expression that a module's path matches in whole, or that of a lone parameter
+    ("stack.blocks.(\\d+).mixer.query"). theirs: the module there, with the groups of `ours`
+    ("blocks.\\1.attn.qkv"). part: (i, n) where ours is the i-th of n equal parts, along the
+    output. channels: of the input of their convolution, where ours is a linear layer on its
+    flattened square windows; 0 where both are of one kind. lead: how many axes of length 1 their
+    array begins with beyond ours.
+    """
+
+    ours: str
+    theirs: str
+    part: tuple[int, int] = (0, 1)
+    channels: int = 0
+    lead: int = 0
+
+
+def block_names(ours: str, theirs: str) -> tuple[Rule, ...]:
+    """The rules of a transformer block, `ours` being its path and `theirs` timm's name of it."""
+    branches = {"mixer_norm": "norm1", "mixer.out": "attn.proj", "mlp_norm": "norm2"}
+    branches |= {"mlp.expand": "mlp.fc1", "mlp.contract": "mlp.fc2"}
+    branches |= {"scales.mixer": "ls1.gamma", "scales.mlp": "ls2.gamma"}
+    projections = ("query", "key", "value")
+    return (
+        *(
+            Rule(f"{ours}\\.{re.escape(here)}", f"{theirs}.{there}")
+            for here, there in branches.items()
+        ),
+        *(
+            Rule(f"{ours}\\.mixer\\.{name}", f"{theirs}.attn.qkv", part=(i, 3))
+            for i, name in enumerate(projections)
+        ),
+    )
+
 
 class Backbone(nnx.Module):
-    """Inputs [B, ...] -> logits [*label.shape, classes], whatever the attention inside."""
+    """Inputs [B, ...] -> logits [*label.shape, classes], whatever the attention inside.
+
+    native: what attention="native" stands for; empty where each stage has its own, or none has.
+    names: how its weights are called elsewhere (see `weights`).
+    """
+
+    native: ClassVar[str] = ""
+    names: ClassVar[tuple["Rule", ...]] = ()
 
     @dataclass(frozen=True)
     class Config:
@@ -75,6 +127,12 @@ def refuse_kind(name: str, kinds: Iterable[str], source: Input) -> None:
     raise UserError(
         f"model.name={name!r} reads {nouns}, not {noun}; use model.name={other!r}{hint}"
     )
+
+
+def refuse_size(images: Array, shape: tuple[int, ...]) -> None:
+    """Raise ValueError for images of another size than the model was built for."""
+    if images.shape[1:] != shape:
+        raise ValueError(f"images of {images.shape[1:]}, but the model was built for {shape}")
 
 
 def refuse_without(capability: str, expression: str, depth: int, *, what: str) -> None:

@@ -1,8 +1,9 @@
-"""A vision transformer (Dosovitskiy et al. 2021, arXiv 2010.11929)."""
+"""Vision transformers (arXiv 2010.11929), and DeiT's with a distillation token (2012.12877)."""
 
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
@@ -14,10 +15,12 @@ from efficient_attn.backbones.base import (
     Build,
     Classifier,
     Input,
-    Pool,
+    Rule,
+    block_names,
     cls_token,
     prepend,
     refuse_kind,
+    refuse_size,
 )
 from efficient_attn.blocks import Shape, Stack
 from efficient_attn.config import require
@@ -26,19 +29,37 @@ from kernels import Mask
 
 
 class Vit(Backbone):
-    """Patches, positions, a stack of blocks, pooling, a linear classifier; images of any size."""
+    """Patches, positions, a stack of blocks, pooling, a linear classifier; images of any size.
+
+    With pool="distilled" a second token learns from a teacher by a classifier of its own (DeiT,
+    section 4); logits are the mean of both classifiers', `heads` gives them apart.
+    """
+
+    native = "softmax"
+    names = (
+        Rule("embed", "patch_embed.proj", channels=3),
+        Rule("cls", "cls_token"),
+        Rule("distilled", "dist_token"),
+        Rule("positions", "pos_embed", lead=1),
+        *block_names(r"stack\.blocks\.(\d+)", r"blocks.\1"),
+        Rule(r"stack\.norm", "norm"),
+        Rule(r"classifier\.linear", "head"),
+        Rule(r"student\.linear", "head_dist"),
+    )
 
     @dataclass(frozen=True)
     class Config(Shape):
         """The stack, and:
         patch: side of a square patch in pixels; it tiles the image.
-        pool: "mean" over the patches, or "cls", a learned first token.
-        positions: "learned", or "sincos", fixed in two dimensions (the class token has none).
+        pool: "mean" over the patches; "cls", a learned first token; "distilled", two of them.
+        positions: "learned", or "sincos", fixed in two dimensions.
+        placed: whether the first tokens have learned positions too, as in the papers' networks.
         """
 
         patch: int = 16
-        pool: Pool = "mean"
+        pool: Literal["mean", "cls", "distilled"] = "mean"
         positions: Literal["learned", "sincos"] = "learned"
+        placed: bool = False
 
         def __post_init__(self):
             super().__post_init__()
@@ -47,32 +68,48 @@ class Vit(Backbone):
                 self.positions != "sincos" or self.width % 4 == 0,
                 f"positions='sincos' needs a width that 4 divides, not {self.width}",
             )
+            require(
+                not self.placed or self.positions == "learned",
+                "placed=True is for positions='learned'; sinusoids have no place before the first",
+            )
+
+        @property
+        def first(self) -> int:
+            """How many tokens stand before the patches."""
+            return {"mean": 0, "cls": 1, "distilled": 2}[self.pool]
 
     def __init__(self, config: Config, source: Input, build: Build, *, rngs: nnx.Rngs):
         refuse_kind("vit", ("image",), source)
         height, width_px, channels = source.shape
-        patch, width = config.patch, config.width
+        patch, width, first = config.patch, config.width, config.first
         require(
             height % patch == 0 and width_px % patch == 0,
             f"patches of {patch} do not tile images of {height} x {width_px}; "
             "change model.patch or data.image.size",
         )
-        rows, columns = height // patch, width_px // patch
+        rows, columns = self.grid = height // patch, width_px // patch
         self.config = config
         self.shape = source.shape
         self.embed = nnx.Linear(patch**2 * channels, width, dtype=build.dtype, rngs=rngs)
-        if config.pool == "cls":
+        if first:
             self.cls = cls_token(width, rngs)
+        if config.pool == "distilled":
+            self.distilled = cls_token(width, rngs)
         if config.positions == "learned":
             init = nnx.initializers.normal(0.02)
-            self.positions = nnx.Param(init(rngs.params(), (rows * columns, width)))
+            places = rows * columns + first * config.placed
+            self.positions = nnx.Param(init(rngs.params(), (places, width)))
         self.dropout = nnx.Dropout(config.dropout)
         site = Site(
-            width=width, heads=config.heads, seq=rows * columns + (config.pool == "cls"),
-            dtype=build.dtype, backend=build.backend,
+            width=width, heads=config.heads, seq=rows * columns + first, dtype=build.dtype,
+            backend=build.backend, grid=None if first else self.grid,
         )  # fmt: skip
-        self.stack = Stack(build.attention, config, site, needs={"bidirectional"}, rngs=rngs)
-        self.classifier = Classifier(width, source.classes, pool=config.pool, rngs=rngs)
+        expression = build.expression(self.native)
+        self.stack = Stack(expression, config, site, needs={"bidirectional"}, rngs=rngs)
+        pool = "cls" if first else "mean"
+        self.classifier = Classifier(width, source.classes, pool=pool, rngs=rngs)
+        if config.pool == "distilled":
+            self.student = Classifier(width, source.classes, pool=pool, rngs=rngs)
 
     def __call__(
         self, images: Float[Array, "B H W C"], *, rngs: nnx.Rngs | None = None
@@ -82,18 +119,45 @@ class Vit(Backbone):
         Raises:
             ValueError: images of another size than the model was built for.
         """
-        if images.shape[1:] != self.shape:
-            raise ValueError(
-                f"images of {images.shape[1:]}, but the model was built for {self.shape}"
-            )
+        heads = self.heads(images, rngs=rngs)
+        return sum(heads[1:], heads[0]) / len(heads)
+
+    def heads(
+        self, images: Float[Array, "B H W C"], *, rngs: nnx.Rngs | None = None
+    ) -> tuple[Float[Array, "B classes"], ...]:
+        """The logits of each classifier: the class token's, then the distillation token's."""
+        x = self._encode(images, rngs)
+        if self.config.pool != "distilled":
+            return (self.classifier(x, None),)
+        return self.classifier(x, None), self.student(x[:, 1:], None)
+
+    def features(
+        self, images: Float[Array, "B H W C"], *, rngs: nnx.Rngs | None = None
+    ) -> tuple[Float[Array, "B h w E"]]:
+        """The map of the patches after the last block, at stride `patch`."""
+        x = self._encode(images, rngs)[:, self.config.first :]
+        return (x.reshape(len(x), *self.grid, x.shape[-1]),)
+
+    def _encode(self, images, rngs):
+        refuse_size(images, self.shape)
         p = self.config.patch
-        patches = rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
-        x = self.embed(patches)
-        x = x + self._positions().astype(x.dtype)[None]
-        if self.config.pool == "cls":
+        with jax.named_scope("stem"):
+            patches = rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
+            x = self._place(self.embed(patches))
+            x = self.dropout(x, deterministic=rngs is None, rngs=rngs)
+        with jax.named_scope("stage0"):
+            return self.stack(x, mask=Mask(), rngs=rngs)
+
+    def _place(self, x):
+        """x with its positions, and the first tokens before it."""
+        positions = self._positions().astype(x.dtype)[None]
+        if not self.config.placed:
+            x = x + positions
+        if self.config.pool == "distilled":
+            x = prepend(self.distilled, x)
+        if self.config.first:
             x = prepend(self.cls, x)
-        x = self.dropout(x, deterministic=rngs is None, rngs=rngs)
-        return self.classifier(self.stack(x, mask=Mask(), rngs=rngs), None)
+        return x + positions if self.config.placed else x
 
     def _positions(self):
         if self.config.positions == "learned":

@@ -20,7 +20,9 @@ from kernels import Mask
 class Stack(nnx.Module):
     """`shape.depth` blocks, and the modules that their mixers share.
 
-    With `cross` every block looks at a context between its mixer and its feed-forward layer.
+    With `cross` every block looks at a context between its mixer and its feed-forward layer. `part`
+    is where the stack stands in a network of several: blocks before it, blocks in all; drop path
+    grows along all of them.
     """
 
     def __init__(
@@ -32,21 +34,30 @@ class Stack(nnx.Module):
         needs: Iterable[str],
         rngs: nnx.Rngs,
         cross: Cross | None = None,
+        part: tuple[int, int] | None = None,
     ):
         self.shape, needs = shape, frozenset(needs)
+        before, all_blocks = part or (0, shape.depth)
         shared: dict[str, nnx.Module] = {}
         looks = attention.pattern(cross.expression, shape.depth) if cross else ()
         blocks = []
         for layer, choice in enumerate(attention.pattern(expression, shape.depth)):
             look = (looks[layer], replace(cross.site, layer=layer)) if cross else None
             here = replace(site, layer=layer)
+            skipped = shape.drop_path * (before + layer + 1) / all_blocks
             blocks.append(
-                Block(choice, shape, here, needs=needs, rngs=rngs, shared=shared, cross=look)
-            )
+                Block(
+                    choice, shape, here, needs=needs, rngs=rngs, shared=shared,
+                    drop_path=skipped, cross=look,
+                )
+            )  # fmt: skip
         self.blocks = nnx.List(blocks)
         self.shared = nnx.Dict(shared)
-        if shape.norm == "pre":
-            self.norm = make_norm(shape.norm_type, shape.width, dtype=site.dtype, rngs=rngs)
+        if shape.norm == "pre" and shape.final_norm:
+            self.norm = make_norm(
+                shape.norm_type, shape.width,
+                epsilon=shape.norm_epsilon, dtype=site.dtype, rngs=rngs,
+            )  # fmt: skip
 
     def __call__(
         self,
@@ -133,7 +144,7 @@ class Stack(nnx.Module):
 
     def _close(self, stream, dtype):
         x = close_stream(stream, dtype)
-        return self.norm(x) if self.shape.norm == "pre" else x
+        return self.norm(x) if self.shape.norm == "pre" and self.shape.final_norm else x
 
 
 def _run(block, stream, given, rngs, shared):

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -13,7 +13,7 @@ from efficient_attn.attention import Choice, Site
 from efficient_attn.blocks import reversible
 from efficient_attn.config import require
 from efficient_attn.layers.mlp import Mlp, MlpType
-from efficient_attn.layers.norm import NormType, make_norm
+from efficient_attn.layers.norm import NormType, SequenceNorm, make_norm
 from kernels import Mask
 
 Stream = Array | tuple[Array, Array]
@@ -29,7 +29,10 @@ class Shape:
     mlp: "gelu" or "relu" between two linear layers; "swiglu" or "geglu" with a gate, a third
     matrix (see `layers.mlp`).
     norm: "pre" normalises before each branch and once at the end, "post" after each residual sum.
-    norm_type: see `layers.norm`.
+    norm_type, norm_epsilon: see `layers.norm`.
+    final_norm: whether one more follows the last block of a "pre" stack.
+    layer_scale: what learned factors of each branch's channels begin with (LayerScale, arXiv
+    2103.17239); None has no such factors.
     dropout: of each branch's output and inside the feed-forward layer.
     drop_path: stochastic depth (arXiv 1603.09382): an example skips each branch of layer l = 1 ...
     L with the probability drop_path * l / L (equation 4), and kept branches are scaled up in
@@ -48,7 +51,10 @@ class Shape:
     dropout: float = 0.1
     drop_path: float = 0.0
     norm: Literal["pre", "post"] = "pre"
-    norm_type: NormType = "layernorm"
+    norm_type: SequenceNorm = "layernorm"
+    norm_epsilon: float = 1e-6
+    final_norm: bool = True
+    layer_scale: float | None = None
     residual: Literal["add", "reversible"] = "add"
     remat: bool = False
 
@@ -71,6 +77,15 @@ class Shape:
             self.residual == "add" or not self.remat,
             "residual='reversible' recomputes every block already; set remat=False",
         )
+
+
+@dataclass(frozen=True)
+class GridShape(Shape):
+    """A stack over pictures: nothing is padding and nobody looks ahead, so that norms over all
+    positions ("groupnorm") are no leak.
+    """
+
+    norm_type: NormType = "layernorm"
 
 
 @dataclass(frozen=True)
@@ -97,9 +112,10 @@ class Block(nnx.Module):
         needs: Iterable[str],
         rngs: nnx.Rngs,
         shared: dict[str, nnx.Module],
+        drop_path: float,
         cross: tuple[Choice, Site] | None = None,
     ):
-        norm = {"dtype": site.dtype, "rngs": rngs}
+        norm = {"epsilon": shape.norm_epsilon, "dtype": site.dtype, "rngs": rngs}
         self.shape = shape
         self.mixer = attention.build(choice, site, needs=needs, rngs=rngs, shared=shared)
         hidden = round(shape.mlp_ratio * shape.width)
@@ -113,9 +129,11 @@ class Block(nnx.Module):
             needed = {"cross", "padding"}
             self.cross = attention.build(*cross, needs=needed, rngs=rngs, shared=shared)
             self.cross_norm = make_norm(shape.norm_type, shape.width, **norm)
+        if shape.layer_scale is not None:
+            begin = jnp.full((shape.width,), shape.layer_scale)
+            self.scales = nnx.Dict({name: nnx.Param(begin) for name in self.branches})
         self.dropout = nnx.Dropout(shape.dropout)
-        skipped = shape.drop_path * (site.layer + 1) / shape.depth
-        self.drop_path = nnx.Dropout(skipped, broadcast_dims=(1, 2))
+        self.drop_path = nnx.Dropout(drop_path, broadcast_dims=(1, 2))
 
     def __call__(
         self,
@@ -148,12 +166,19 @@ class Block(nnx.Module):
             y = self.look(y, self.cross.init_cross(context), context_mask, shared)
         else:
             y = self.mlp(y, rngs=rngs)
+        y = self.scaled(name, y)
         y = self.dropout(y, deterministic=rngs is None, rngs=rngs)
         return self.drop_path(y, deterministic=rngs is None, rngs=rngs)
 
     def look(self, y, memory, mask: Mask | None, shared):
         """Cross-attention from y to what `init_cross` of the mixer `cross` gave."""
         return self.cross.cross(y, memory, mask=mask or Mask(), shared=shared)
+
+    def scaled(self, name: str, y: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """The branch's output times its layer scale."""
+        if self.shape.layer_scale is None:
+            return y
+        return y * self.scales[name][...].astype(y.dtype)[None, None]
 
     def read(self, x: Stream) -> Float[Array, "B T E"]:
         """What the next branch sees of the stream."""
@@ -173,25 +198,28 @@ class Block(nnx.Module):
     def prefill(self, x: Stream, state, *, keys, shared):
         """`keys` [B,T] shows the tokens of each prompt; returns the stream and the state."""
         y, state = self.mixer.prefill(self.normed("mixer", self.read(x)), state, keys=keys)
-        return self._finish(self.write("mixer", x, y), None, None, shared), state
+        return self._finish(self._add("mixer", x, y), None, None, shared), state
 
     def step(self, x: Stream, state, *, position, memory=None, context_mask=None, shared):
         """One token of each row at `position` [B]; returns the stream and the state."""
         y, state = self.mixer.step(self.normed("mixer", self.read(x)), state, position=position)
-        return self._finish(self.write("mixer", x, y), memory, context_mask, shared), state
+        return self._finish(self._add("mixer", x, y), memory, context_mask, shared), state
 
     def _finish(self, x, memory, context_mask, shared):
         if "cross" in self.branches:
             y = self.look(self.normed("cross", self.read(x)), memory, context_mask, shared)
-            x = self.write("cross", x, y)
-        return self.write("mlp", x, self.mlp(self.normed("mlp", self.read(x)), rngs=None))
+            x = self._add("cross", x, y)
+        return self._add("mlp", x, self.mlp(self.normed("mlp", self.read(x)), rngs=None))
+
+    def _add(self, name: str, x: Stream, y) -> Stream:
+        return self.write(name, x, self.scaled(name, y))
 
 
 def open_stream(x: Float[Array, "B T E"], shape: Shape) -> Stream:
     """The stream that x enters."""
     if shape.residual == "add":
         return x
-    x = x.astype(jax.numpy.float32)
+    x = x.astype(jnp.float32)
     return x, x
 
 

@@ -2,19 +2,22 @@
 
 from typing import Any, Literal
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-MlpType = Literal["gelu", "relu", "swiglu", "geglu"]
+from efficient_attn.layers.activations import ACTIVATIONS
+
+MlpType = Literal["gelu", "gelu_exact", "relu", "silu", "hardswish", "swiglu", "geglu"]
+
+GATES = {"swiglu": "silu", "geglu": "gelu"}
 
 
 class Mlp(nnx.Module):
     """Linear, activation, dropout, linear: [..., E] -> [..., E].
 
-    "gelu", "relu": act(x W_1 + b_1) W_2 + b_2, 2 E F + F + E parameters for `hidden` = F. F = 4 E
-    is the usual bottleneck; F = E is Lite Transformer's flat feed-forward layer (arXiv 2004.11886,
-    section 3).
+    "gelu", "relu" and the other activations: act(x W_1 + b_1) W_2 + b_2, 2 E F + F + E parameters
+    for `hidden` = F. F = 4 E is the usual bottleneck; F = E is Lite
+    Transformer's flat feed-forward layer (arXiv 2004.11886, section 3).
     "swiglu", "geglu": (act(x W) * x V) W_2 with act = silu or gelu and no biases (arXiv
     2002.05202, equation 6), 3 E F parameters: F two thirds as wide costs what the plain ones do.
     """
@@ -29,10 +32,8 @@ class Mlp(nnx.Module):
         dtype: Any,
         rngs: nnx.Rngs,
     ):
-        self.activation = {
-            "gelu": jax.nn.gelu, "geglu": jax.nn.gelu, "relu": jax.nn.relu, "swiglu": jax.nn.silu,
-        }[kind]  # fmt: skip
-        self.gated = kind in ("swiglu", "geglu")
+        self.activation = ACTIVATIONS[GATES.get(kind, kind)]
+        self.gated = kind in GATES
         bias = not self.gated
         self.expand = nnx.Linear(width, hidden, use_bias=bias, dtype=dtype, rngs=rngs)
         self.contract = nnx.Linear(hidden, width, use_bias=bias, dtype=dtype, rngs=rngs)

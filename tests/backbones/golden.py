@@ -1,0 +1,75 @@
+"""What timm's own PyTorch networks say, recorded, so that the tests need no PyTorch.
+
+    python -m tests.backbones.golden [NAME ...]      (torch, timm 1.0.31, torchvision)
+
+writes `golden.json`: the parameters of every network of ours that timm has, and for those in
+`LOGITS` the logits that timm's network gives to `images` with the weights of `synthetic`.
+"""
+
+import json
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+FILE = Path(__file__).with_name("golden.json")
+LOGITS = {"deit_tiny_distilled_patch16_224": 224}
+"""Of each family one network, the smallest, and the side of its images."""
+
+
+def synthetic(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Numbers for timm's array of that name, the same ones wherever they are drawn."""
+    drawn = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
+    if name.endswith("running_var"):
+        drawn = 0.5 + np.abs(drawn)
+    elif len(shape) >= 2 and name.endswith("weight"):
+        drawn = drawn * np.prod(shape[1:]) ** -0.5
+    elif name.endswith(("weight", "gamma")):
+        drawn = 1 + 0.1 * drawn
+    else:
+        drawn = 0.1 * drawn
+    return drawn.astype(np.float32)
+
+
+def images(side: int) -> np.ndarray:
+    """[2, side, side, 3]."""
+    return np.random.default_rng(0).standard_normal((2, side, side, 3)).astype(np.float32)
+
+
+def record(name: str) -> dict:
+    """The line of `golden.json` for one of timm's networks."""
+    import timm
+    import torch
+
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    line = {"parameters": sum(p.numel() for p in model.parameters())}
+    if name in LOGITS:
+        side = LOGITS[name]
+        model = timm.create_model(name, img_size=side) if "vit" in name else timm.create_model(name)
+        state = model.state_dict()
+        for key, value in state.items():
+            if value.is_floating_point():
+                state[key] = torch.from_numpy(synthetic(key, tuple(value.shape)))
+        model.load_state_dict(state)
+        with torch.inference_mode():
+            logits = model.eval()(torch.from_numpy(images(side)).permute(0, 3, 1, 2))
+        line |= {"image_size": side, "logits": logits[:, :8].double().tolist()}
+    return line
+
+
+if __name__ == "__main__":
+    torchvision = __import__("torch").library.Library("torchvision", "DEF")
+    for operator in ("nms", "qnms"):  # a PyTorch without torchvision's own library lacks them
+        torchvision.define(f"{operator}(Tensor dets, Tensor scores, float threshold) -> Tensor")
+    import timm
+
+    from efficient_attn import backbones
+
+    known = json.loads(FILE.read_text()) if FILE.exists() else {}
+    for name in sys.argv[1:] or backbones.names():
+        if timm.is_model(name):
+            known[name] = record(name)
+            print(name, known[name]["parameters"], flush=True)
+    FILE.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")

@@ -1,0 +1,49 @@
+"""Published image models: timm's parameters and timm's logits, from timm's weights."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from efficient_attn import backbones
+from tests.backbones.golden import FILE, images, synthetic
+
+GOLDEN = json.loads(FILE.read_text())
+LARGE = 40_000_000
+LOGITS = [name for name, line in GOLDEN.items() if "logits" in line]
+
+
+def parameters(model) -> int:
+    return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (line["parameters"] > LARGE))
+        for name, line in GOLDEN.items()
+    ],
+)
+def test_parameters_are_timms(name):
+    model = nnx.eval_shape(lambda: backbones.create(name))
+    assert parameters(model) == GOLDEN[name]["parameters"]
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_logits_are_timms(name, tmp_path):
+    """Saved under timm's names, filled with the numbers that timm's own had, and read back."""
+    line = GOLDEN[name]
+    model = backbones.create(name, image_size=line["image_size"])
+    backbones.save(model, tmp_path / "blank.safetensors", names="timm")
+    blank = load_file(tmp_path / "blank.safetensors")
+    filled = {key: synthetic(key, x.shape) for key, x in blank.items()}
+    save_file(filled, tmp_path / "filled.safetensors")
+    report = backbones.load(model, tmp_path / "filled.safetensors")
+    assert not report.missing and not report.unused
+    got = np.asarray(jax.jit(lambda x: model(x))(jnp.asarray(images(line["image_size"]))))[:, :8]
+    expected = np.asarray(line["logits"])
+    assert np.linalg.norm(got - expected) <= 1e-4 * np.linalg.norm(expected)
