@@ -1,0 +1,59 @@
+"""What networks of several resolutions share: stem, stages, the last map pooled and classified."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from efficient_attn.backbones.base import Backbone, Input, refuse_kind, refuse_size
+
+
+class Pyramid(Backbone):
+    """Images -> stem -> stages, each a map of its own resolution -> logits.
+
+    A subclass makes `stem` and `stages`, modules (x, *, rngs) -> x on [B,H,W,C], and what comes
+    after the last of them: by default the mean over its places and `classifier`.
+    """
+
+    stem: Any
+    stages: nnx.List
+    classifier: nnx.Linear
+
+    def __init__(self, config: Any, source: Input):
+        refuse_kind("vit", ("image",), source)
+        self.config = config
+        self.shape = source.shape
+
+    def __call__(
+        self, images: Float[Array, "B H W C"], *, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "B classes"]:
+        """Logits, float32. `rngs` says that this is training.
+
+        Raises:
+            ValueError: images of another size than the model was built for.
+        """
+        last = self.features(images, rngs=rngs)[-1]
+        with jax.named_scope("head"):
+            return self.head(last, rngs=rngs)
+
+    def features(
+        self, images: Float[Array, "B H W C"], *, rngs: nnx.Rngs | None = None
+    ) -> tuple[Float[Array, "B h w E"], ...]:
+        """The map after each stage, from the finest."""
+        refuse_size(images, self.shape)
+        with jax.named_scope("stem"):
+            x = self.stem(images, rngs=rngs)
+        maps = []
+        for i, stage in enumerate(self.stages):
+            with jax.named_scope(f"stage{i}"):
+                x = stage(x, rngs=rngs)
+            maps.append(x)
+        return tuple(maps)
+
+    def head(
+        self, x: Float[Array, "B h w E"], *, rngs: nnx.Rngs | None
+    ) -> Float[Array, "B classes"]:
+        """Logits of the last map."""
+        return self.classifier(jnp.mean(x.astype(jnp.float32), axis=(1, 2)))
