@@ -42,6 +42,13 @@ def use(chip: Chip, interpret: Any = None) -> Iterator[None]:
         _named.reset(token)
 
 
+def cores() -> int:
+    """How many kernels the target runs beside each other: SMs of a GPU, cores of a TPU's device."""
+    chip, device = target().chip, jax.devices()[0]
+    known = {"tpu": getattr(device, "num_cores", 1), "hopper": getattr(device, "core_count", 132)}
+    return known.get(chip, 1)
+
+
 def refuse_division() -> str | None:
     """Why a kernel cannot run as it is called here, over several devices; None where it can.
 

@@ -17,7 +17,8 @@ chip's module has, on arrays of [B, T, heads, channels]:
         -> out [B,T,H,Dv], den [B,H,T], (S [B,H,R,Dv], z [B,H,R])
     backward(q, k, v, ways, *, dout, inv_den, r, state, dstate, projection, normalise, chunk,
         interpret) -> dq, dk [B,T,H,R or D], dv [B,T,H,Dv], q_dq, k_dk [B,H,T], (dS, dz)
-    sums(k, v, *, end [B,G,S] | None, projection, chunk, interpret) -> S [B,G,R,Dv], z [B,G,R]
+    sums(k, v, *, end [B,G,S] | None, fill [B,G,S] | None, projection, chunk, interpret)
+        -> S = sum end_j k_j v_j^T [B,G,R,Dv], z = sum fill_j k_j [B,G,R]; fill None: end's
     read(q, S, z, *, projection, normalise, chunk, interpret) -> out [B,T,H,Dv], den [B,H,T]
     read_backward(q, S, z, *, dout, inv_den, r, projection, chunk, interpret)
         -> dq [B,T,H,R or D], (dS [B,H,R,Dv], dz [B,H,R])
@@ -44,6 +45,7 @@ from kernels.fused.passes import (
     to_heads,
     two_sided,
 )
+from kernels.fused.split import pieces
 from kernels.mask import Mask
 from kernels.target import refuse_division, target
 
@@ -202,25 +204,26 @@ def _seen(q, k, v, log_scale, mask: Mask, *, scaled: bool):
 
 
 def _in_chunks(q, k, v, weight, half, log_scale, mask: Mask, *, scaled=False, log_decay=None):
-    """`Tokens` in whole chunks, and how to run over them; normalised if there is no decay."""
+    """`Tokens` in pieces of whole chunks, and how to run over them; normalised if not decaying."""
     q, k, v, log_scale = _seen(q, k, v, log_scale, mask, scaled=scaled or weight is not None)
     heads = max(x.shape[2] for x in (q, k, v))
     rank = k.shape[3] if weight is None else weight.shape[0]
     chunk = _chunk_length(q.shape[1], rank, v.shape[3])
+    count = pieces(q.shape[0], heads, v.shape[3], q.shape[1], chunk)
+    whole = count * chunk
 
     def by_head(x, fill):
         if x is None:
             return None
-        return to_heads(rearrange(_pad(x, chunk, fill), "b t h -> b h t"), heads)
+        return to_heads(rearrange(_pad(x, whole, fill), "b t h -> b h t"), heads)
 
     segments = mask.segments
     if segments is not None:
-        segments = jnp.pad(segments, [(0, 0), (0, -segments.shape[1] % chunk)], mode="edge")
+        segments = jnp.pad(segments, [(0, 0), (0, -segments.shape[1] % whole)], mode="edge")
     scales = by_head(log_scale, -jnp.inf), by_head(log_decay, 0.0)
-    q, k, v = (_pad(x, chunk) for x in (q, k, v))
-    return Tokens(q, k, v, weight, *scales, segments), How(
-        *target(), chunk, log_decay is None, half
-    )
+    q, k, v = (_pad(x, whole) for x in (q, k, v))
+    how = How(*target(), chunk, log_decay is None, half, count)
+    return Tokens(q, k, v, weight, *scales, segments), how
 
 
 def _pad(x, chunk: int, fill=0.0):

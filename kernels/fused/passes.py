@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
+from kernels.fused import split
 from kernels.fused.ways import finite, of_decays, of_scales
 
 MODULES = {"tpu": "kernels.pallas_tpu.linear", "hopper": "kernels.pallas_gpu.linear"}
@@ -30,13 +31,17 @@ class Projection(NamedTuple):
 
 
 class How(NamedTuple):
-    """What is known when tracing. half: of the `Projection`, if there is one."""
+    """What is known when tracing. half: of the `Projection`, if there is one.
+
+    pieces: into which the sequence of a causal pass is cut, see `kernels.fused.split`.
+    """
 
     chip: str
     interpret: Any
     chunk: int
     normalise: bool
     half: float | None = None
+    pieces: int = 1
 
     @property
     def module(self) -> ModuleType:
@@ -79,28 +84,38 @@ def _heads(tokens: Tokens) -> int:
 def _pass_forward(how: How, tokens: Tokens, entry: Entry | None):
     projection = _projection(how, tokens.q, tokens.k, tokens.weight)
     ways, top = _ways(how, tokens, entry, projection)
-    out, den, (sums, normaliser) = how.module.forward(
-        tokens.q, tokens.k, tokens.v, ways,
-        state=None if entry is None else (entry.sums, entry.normaliser),
-        projection=projection, normalise=how.normalise,
+    given = split.cut(how.pieces, tokens[:3], ways, projection)
+    state = None if entry is None else (entry.sums, entry.normaliser)
+    if how.pieces > 1:
+        state = split.states_before(how, given, state)
+    out, den, left = how.module.forward(
+        *given[:4], state=state, projection=given.projection, normalise=how.normalise,
         chunk=how.chunk, interpret=how.interpret,
     )  # fmt: skip
-    left = Entry(sums, normaliser, top)
+    out, den = split.whole(how.pieces, out), split.whole_numbers(how.pieces, den)
+    left = split.place(how.pieces, left, -1)
     held = (out, den) if how.normalise else ()
-    return (out, left), (tokens, entry, projection, ways, held, sums)
+    return (out, Entry(*left, top)), (tokens, entry, projection, ways, held, state, left[0])
 
 
 def _pass_backward(how: How, residuals, cotangents):
-    tokens, entry, projection, ways, held, last = residuals
+    tokens, entry, projection, ways, held, state, last = residuals
     dout, dleft = cotangents
     inverse, r = _quotient(dout, *held) if how.normalise else _plain(tokens, dout)
-    state = None if entry is None else (entry.sums, entry.normaliser)
+    given = split.cut(how.pieces, tokens[:3], ways, projection)
+    dout = split.tokens(how.pieces, dout)
+    inverse, r = (split.numbers(how.pieces, x) for x in (inverse, r))
+    dstate = dleft.sums, dleft.normaliser
+    if how.pieces > 1:
+        dstate = split.grads_after(how, given, dout, inverse, r, dstate)
     dq, dk, dv, q_dq, k_dk, dstate = how.module.backward(
-        tokens.q, tokens.k, tokens.v, ways,
-        dout=dout, inv_den=inverse, r=r, state=state,
-        dstate=(dleft.sums, dleft.normaliser), projection=projection,
-        normalise=how.normalise, chunk=how.chunk, interpret=how.interpret,
+        *given[:4], dout=dout, inv_den=inverse, r=r, state=state, dstate=dstate,
+        projection=given.projection, normalise=how.normalise, chunk=how.chunk,
+        interpret=how.interpret,
     )  # fmt: skip
+    dq, dk, dv = (split.whole(how.pieces, x) for x in (dq, dk, dv))
+    q_dq, k_dk = (split.whole_numbers(how.pieces, x) for x in (q_dq, k_dk))
+    dstate = split.place(how.pieces, dstate, 0)
     log_decay = None
     if tokens.log_decay is not None:
         crossing = jnp.sum(last * dleft.sums, axis=(2, 3))[..., None]
@@ -115,7 +130,7 @@ def _pass_backward(how: How, residuals, cotangents):
     if entry.top is not None:
         dtop = jnp.sum(entry.sums * dstate[0], axis=(2, 3))
         dtop += jnp.sum(entry.normaliser * dstate[1], axis=2)
-    return grads, Entry(dstate[0], dstate[1], dtop)
+    return grads, Entry(*dstate, dtop)
 
 
 def _passed(how: How, tokens: Tokens, entry: Entry | None):

@@ -22,8 +22,8 @@ from kernels.pallas_gpu.plan import CHUNK, Role
 from kernels.pallas_gpu.stream import stream
 
 DEPTHS = (64, 128)
-"""Channels of a head that the kernels take."""
-RANKS = (128, 256)
+"""Channels of a head that the kernels take; of one whose features they make, 32 too."""
+RANKS = (128, 256, 512)
 """Features that they make."""
 
 __all__ = [
@@ -51,17 +51,17 @@ def refuse(q, k, v, *, rank: int | None = None) -> str | None:
                 f"{name} is {jnp.dtype(a.dtype).name} and the Hopper kernels take bfloat16: "
                 "cast q, k and v, or use backend='xla'"
             )
-    if rank is not None and (rank not in RANKS or {q.shape[-1], v.shape[-1]} != {64}):
+    if rank is not None and rank not in RANKS:
         return (
-            f"there are {rank} features of {q.shape[-1]} channels a head and values of "
-            f"{v.shape[-1]}; the Hopper kernels make {' or '.join(map(str, RANKS))} of 64 and take "
-            "values of 64: use backend='xla'"
+            f"there are {rank} features; the Hopper kernels make {' or '.join(map(str, RANKS))}: "
+            "use backend='xla'"
         )
+    depths = DEPTHS if rank is None else (32, *DEPTHS)
     for name, a in (("k", k), ("v", v)):
-        if a.shape[-1] not in DEPTHS or a.shape[-1] != q.shape[-1]:
+        if a.shape[-1] not in depths or a.shape[-1] != q.shape[-1]:
             return (
                 f"{name} has {a.shape[-1]} channels a head, q {q.shape[-1]}; the Hopper "
-                f"kernels take {' or '.join(map(str, DEPTHS))} of each: use backend='xla'"
+                f"kernels take {' or '.join(map(str, depths))} of each: use backend='xla'"
             )
     return None
 
@@ -141,15 +141,15 @@ def backward(
 
 
 def sums(
-    k: jax.Array, v: jax.Array, *, end: jax.Array | None, projection: Any, chunk: int,
-    interpret: Any,
+    k: jax.Array, v: jax.Array, *, end: jax.Array | None, fill: jax.Array | None = None,
+    projection: Any, chunk: int, interpret: Any,
 ):  # fmt: skip
-    """S = sum_j end_j k_j v_j^T [B, G, R, Dv] and z = sum_j end_j k_j [B, G, R]."""
+    """S = sum_j end_j k_j v_j^T [B, G, R, Dv], z = sum_j fill_j k_j [B, G, R]; fill None: end."""
     assert chunk == CHUNK
     heads = _heads(k, v)
     made = _run(projection, heads, y=("k", k))(
-        Role(out=False, within=False), None, k, v, heads=heads, vectors={"enter": end}, fill=end,
-        interpret=interpret,
+        Role(out=False, within=False), None, k, v, heads=heads, vectors={"enter": end},
+        fill=end if fill is None else fill, interpret=interpret,
     )  # fmt: skip
     return made.S, made.n
 

@@ -22,7 +22,7 @@ from kernels.pallas_tpu.linear_body import (
     added,
     begin,
     chosen,
-    end_of,
+    factors_of,
     features,
     finish,
     gathered,
@@ -46,6 +46,7 @@ from kernels.pallas_tpu.linear_plan import (
     make_plan,
     packed_heads,
     rows_of,
+    sizes_of,
     state_in,
     state_of,
     state_out,
@@ -56,7 +57,7 @@ from kernels.pallas_tpu.linear_plan import (
     wide,
 )
 
-CHUNKS = (512, 256, 128)
+CHUNKS = (1024, 512, 256, 128)
 LARGEST = 512
 """The most features or channels of a head, and of the heads of a block together twice as many."""
 PACKED = 8
@@ -82,7 +83,7 @@ def refuse(q, k, v, *, rank: int | None = None) -> str | None:
 
 def chunk_length(length: int, *, rank: int, dim: int) -> int:
     """Tokens of a chunk: as many as there is room for where that fills up no more than less."""
-    room = CHUNKS if max(rank, dim) <= LANES else CHUNKS[1:]
+    room = [c for c in CHUNKS if c <= sizes_of(rank, dim).chunk]
     return min(room, key=lambda c: (-(-length // c) * c, -c))
 
 
@@ -244,18 +245,20 @@ def _key_grads(
     )  # fmt: skip
 
 
-def sums(k, v, *, end, projection, chunk: int, interpret=None):
+def sums(k, v, *, end, fill=None, projection, chunk: int, interpret=None):
     """See `kernels.fused.linear`."""
     plan = make_plan((k, v), projection, chunk)
 
     def body(at):
         begin(at, plan)
         for a in range(plan.packed):
-            entering = times(end_of(at, a), features(plan, at, "k", a))
-            absorb(at, a, 1.0, entering, lanes_of(plan, at.v[...], a), True)
+            k, v = features(plan, at, "k", a), lanes_of(plan, at.v[...], a)
+            at.sums[a] += product(times(factors_of(at, a), k), v, 0, 0)
+            at.norm[a] += jnp.sum(factors_of(at, a, 1) * k.astype(f32), axis=0, keepdims=True)
         finish(at, plan)
 
-    ins = tokens(plan, k=k, v=v) | lines(plan, end=end) | given_in(plan, projection, k, "k")
+    ins = tokens(plan, k=k, v=v) | lines(plan, end=end, fill=fill)
+    ins |= given_in(plan, projection, k, "k")
     made = call(body, plan, ins, state_out(plan), scratch=state_scratch(plan), interpret=interpret)
     return state_of(plan, made)
 
@@ -295,7 +298,7 @@ def read_backward(q, sums, norm, *, dout, inv_den, r, projection, chunk: int, in
         dq = []
         for a in range(plan.packed):
             q, dout = features(plan, at, "q", a), head_of(plan, at.dout[...], a)
-            inverse, r = (jnp.transpose(at.lines[a, i : i + 1]) for i in (0, 1))
+            inverse, r = factors_of(at, a), factors_of(at, a, 1)
             read = product(dout, at.state_sums[a].astype(q.dtype), 1, 1)
             dphi, phi = read * inverse + r * at.state_norm[a], q.astype(f32)
             dot = jnp.sum(phi * dphi, axis=1, keepdims=True)
@@ -319,7 +322,7 @@ def sums_backward(k, v, dsums, dnorm, *, end, projection, chunk: int, interpret=
     def body(at):
         dk, dv = [], []
         for a in range(plan.packed):
-            k, v, end = features(plan, at, "k", a), lanes_of(plan, at.v[...], a), end_of(at, a)
+            k, v, end = features(plan, at, "k", a), lanes_of(plan, at.v[...], a), factors_of(at, a)
             held = at.state_sums[a].astype(v.dtype)
             dv.append(end * product(k, held, 1, 0))
             dphi, phi = end * (product(v, held, 1, 1) + at.state_norm[a]), k.astype(f32)

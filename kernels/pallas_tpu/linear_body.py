@@ -143,9 +143,12 @@ def times(factor, x):
     return x if isinstance(factor, float) else (factor * x.astype(f32)).astype(x.dtype)
 
 
-def end_of(at, a: int):
-    """The keys' factors `end` [C, 1], 1 where none are given."""
-    return jnp.transpose(at.lines[a]) if hasattr(at, "lines") else 1.0
+def factors_of(at, a: int, i: int = 0):
+    """The i-th, or the last, of the tokens' factors in `lines` [C, 1]; 1 where none are given."""
+    if not hasattr(at, "lines"):
+        return 1.0
+    i = min(i, at.lines.shape[1] - 1)
+    return jnp.transpose(at.lines[a, i : i + 1])
 
 
 def inverse_of(den):
