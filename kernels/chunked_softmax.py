@@ -1,9 +1,14 @@
-"""Softmax attention tile by tile, for a CPU: no more logits at once than its cache holds.
+"""Softmax attention tile by tile, for a CPU: no more logits at once than its caches hold.
 
 An online softmax over tiles of keys, for each tile of queries (FlashAttention, arXiv 2205.14135,
-algorithms 1 and 4). Keys are the rows and queries the columns of a tile, so that maxima and sums
-over keys run along the vector unit's lanes. Backward makes each tile's weights again from the
-logarithm of its rows' sums. Memory is linear in T and S.
+algorithms 1 and 4). Backward makes each tile's weights again from the logarithm of its rows' sums.
+Memory is linear in T and S.
+
+One loop goes over the tiles of all heads, one tile at a time: XLA runs a loop's turns, and loops
+that share memory, one after the other, and spreads a matrix product over cores where it has some
+10^7 multiply-adds. Keys are the rows and queries the columns of a tile, so that maxima and sums
+over keys run along the vector unit's lanes; and every product has its left factor stored row by
+row, as the library that XLA takes for them wants it: three times as fast as a transposed one.
 """
 
 import functools
@@ -11,32 +16,39 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
 from kernels.mask import Mask
-from kernels.target import target
+from kernels.target import refuse_division, target
 
-QUERIES, KEYS = 256, 256
-"""The tile: of 128 to 512 each, the fastest on AVX2 cores with 512 KiB of cache."""
+QUERIES, KEYS = 512, 512
+"""The largest tile: products of fewer rows run on one core, and larger tiles compute more logits
+that a causal mask hides."""
+SHORTEST = 256
+"""Queries and keys from which on tiles are faster."""
+VECTOR = 16
+"""Sides of tiles are multiples of it: the floats of a vector register."""
 
 
 class _How(NamedTuple):
-    """What is static: which masks there are, and how many queries and keys a tile has."""
+    """What is static: whether the mask is causal, positions of a tile of queries, heads of keys."""
 
     causal: bool
-    hidden: bool
-    segments: bool
     queries: int
-    keys: int
+    groups: int
 
 
 class _Who(NamedTuple):
-    """Who may see whom: 0 or -inf for each key [N,S], segments of queries and keys [N,T], [N,S]."""
+    """Who may see whom, None where the mask does not say.
 
-    hidden: Array
-    queries: Array
-    keys: Array
+    hidden: 0 or -inf for each key [B,m,K,1]. queries, keys: segments, [B,n,1,W] and [B,m,K,1].
+    """
+
+    hidden: Array | None
+    queries: Array | None
+    keys: Array | None
 
 
 def chunked_softmax(
@@ -50,17 +62,25 @@ def chunked_softmax(
     bias=None,
     tile: tuple[int, int] = (QUERIES, KEYS),
 ) -> Float[Array, "B T H Dv"]:
-    """`kernels.softmax_attention` where `refuse_chunked` does not object; float32 inside."""
+    """`kernels.softmax_attention` where `refuse_chunked` does not object; float32 inside.
+
+    tile: the most queries, those of a group's heads together, and the most keys of a tile.
+    """
     del logit_cap, bias
-    (batch, length), (count, groups) = q.shape[:2], k.shape[1:3]
-    size_q, size_k = min(tile[0], length), min(tile[1], count)
+    length, count, groups = q.shape[1], *k.shape[1:3]
+    many = q.shape[2] // groups
+    size_q, size_k = _even(length, tile[0] // many), _even(count, tile[1])
     more_q, more_k = -length % size_q, -count % size_k
-    hide = mask.keys is not None or (more_k > 0 and not mask.causal)
-    how = _How(mask.causal, hide, mask.segments is not None, size_q, size_k)
-    who = _who(mask, batch, groups, count, more_q, more_k)
-    q = _flat(q.astype(jnp.float32) * scale, groups, more_q)
-    keys, values = (_flat(x.astype(jnp.float32), groups, more_k)[:, 0] for x in (k, v))
-    out = rearrange(_attend(how, q, keys, values, who), "(b g) r t d -> b t (g r) d", b=batch)
+    who = _who(mask, k, (many, size_q, more_q), (size_k, more_k))
+    wide_q, wide_k, wide_v = (
+        jnp.pad(x.astype(jnp.float32), [(0, 0), (0, more), (0, 0), (0, 0)])
+        for x, more in ((q, more_q), (k, more_k), (v, more_k))
+    )
+    rows = rearrange(wide_q * scale, "b (n t) (g r) d -> (b g) n (r t) d", g=groups, t=size_q)
+    keys = rearrange(wide_k, "b (m s) g d -> (b g) m s d", s=size_k)
+    values = rearrange(wide_v, "b (m s) g d -> (b g) m d s", s=size_k)
+    out = _attend(_How(mask.causal, size_q, groups), rows, keys, values, who)
+    out = rearrange(out, "(b g) n d (r t) -> b (n t) (g r) d", g=groups, t=size_q)
     return out[:, :length].astype(v.dtype)
 
 
@@ -74,52 +94,78 @@ def refuse_chunked(q, k, v, *, mask: Mask, scale, logit_cap=None, bias=None) -> 
     return None
 
 
-def _flat(x, groups: int, more: int):
-    """[B,T,(G R),D] -> [B G,R,T + more,D], zeros at the end."""
-    x = jnp.pad(x, [(0, 0), (0, more), (0, 0), (0, 0)])
-    return rearrange(x, "b t (g r) d -> (b g) r t d", g=groups)
+def worth_tiles(q, k, v, *, mask: Mask, scale, logit_cap=None, bias=None) -> bool:
+    """Whether tiles are faster than all logits at once, forward and backward, on one CPU.
+
+    At T = S, batch 4, 8 heads of 64 on two cores: the same at 192, twice as fast at 256, four times
+    at 1,024. jax would gather what several devices hold before it looped over their heads.
+    """
+    del v, mask, scale, logit_cap, bias
+    return min(q.shape[1], k.shape[1]) >= SHORTEST and refuse_division() is None
 
 
-def _who(mask: Mask, batch: int, groups: int, count: int, more_q: int, more_k: int) -> _Who:
-    seen = jnp.ones((batch, count), bool) if mask.keys is None else mask.keys
-    seen = jnp.pad(seen, [(0, 0), (0, more_k)])
-    own = jnp.zeros((batch, 1), jnp.int32) if mask.segments is None else mask.segments
-    wide = lambda x, more: jnp.repeat(  # noqa: E731
-        jnp.pad(x, [(0, 0), (0, more)], mode="edge"), groups, axis=0
+def _even(length: int, largest: int) -> int:
+    """Positions of a tile where as few tiles as can be are all of one size."""
+    each = -(-length // -(-length // max(largest, 1)))
+    return -(-each // VECTOR) * VECTOR
+
+
+def _who(mask: Mask, k, queries: tuple[int, int, int], keys: tuple[int, int]) -> _Who:
+    """queries: heads of a group, positions of a tile, and how many are filled up; keys: these."""
+    (many, size_q, more_q), (size_k, more_k) = queries, keys
+    columns = functools.partial(rearrange, pattern="b (m s) -> b m s 1", s=size_k)
+    hidden = None
+    if mask.keys is not None or (more_k and not mask.causal):  # the last queries see these, too
+        seen = jnp.ones(k.shape[:2], bool) if mask.keys is None else mask.keys
+        hidden = columns(jnp.where(jnp.pad(seen, [(0, 0), (0, more_k)]), 0.0, -jnp.inf))
+    if mask.segments is None:
+        return _Who(hidden, None, None)
+    own, other = (
+        jnp.pad(mask.segments, [(0, 0), (0, more)], mode="edge") for more in (more_q, more_k)
     )
-    hidden = jnp.where(seen, 0.0, -jnp.inf)
-    return _Who(wide(hidden, 0), wide(own, more_q), wide(own, more_k))
+    own = jnp.tile(rearrange(own, "b (n t) -> b n 1 t", t=size_q), many)
+    return _Who(hidden, own, columns(other))
 
 
-def _tile(how: _How, q, k, who: _Who, i, j):
-    """Logits of query tile i (columns) on key tile j (rows), -inf where there is no sight."""
-    logits = k @ q.T
-    key = j * how.keys + jnp.arange(how.keys)[:, None]
+def _tiles(how: _How, q, k):
+    """(turns, turn -> (head, i, j)): tiles of queries i and keys j, whose one sees of the other."""
+    i, j = np.indices((q.shape[1], k.shape[1])).reshape(2, -1)
     if how.causal:
-        query = i * how.queries + jnp.arange(how.queries)[None]
-        query = jnp.tile(query, (1, q.shape[0] // how.queries))
+        seen = j * k.shape[2] < (i + 1) * how.queries
+        i, j = i[seen], j[seen]
+    i, j = jnp.asarray(i, jnp.int32), jnp.asarray(j, jnp.int32)
+
+    def at(turn):
+        tile = turn % len(i)
+        return turn // len(i), i[tile], j[tile]
+
+    return q.shape[0] * len(i), at
+
+
+def _take(x, head, tile):
+    """[N,n,...] or, the same for the heads of a sequence, [B,n,...] at a head's tile."""
+    return jax.lax.dynamic_slice(x, (head, tile, 0, 0), (1, 1, *x.shape[2:]))[0, 0]
+
+
+def _put(x, new, head, tile):
+    return jax.lax.dynamic_update_slice(x, new[None, None], (head, tile, 0, 0))
+
+
+def _logits(how: _How, q, k, who: _Who, head, i, j):
+    """Those of query tile i (columns) on key tile j (rows), -inf where there is no sight."""
+    keys = _take(k, head, j)
+    logits = keys @ _take(q, head, i).T
+    if how.causal:
+        key = j * keys.shape[0] + jnp.arange(keys.shape[0])[:, None]
+        query = i * how.queries + jnp.arange(q.shape[2])[None] % how.queries
         logits = jnp.where(key <= query, logits, -jnp.inf)
-    if how.hidden:
-        logits += _part(who.hidden, j, how.keys)[:, None]
-    if how.segments:
-        own = jnp.tile(_part(who.queries, i, how.queries), q.shape[0] // how.queries)
-        logits = jnp.where(_part(who.keys, j, how.keys)[:, None] == own[None], logits, -jnp.inf)
+    sequence = head // how.groups
+    if who.hidden is not None:
+        logits += _take(who.hidden, sequence, j)
+    if who.keys is not None:
+        own, other = _take(who.queries, sequence, i), _take(who.keys, sequence, j)
+        logits = jnp.where(own == other, logits, -jnp.inf)
     return logits
-
-
-def _part(x, index, size: int, axis: int = 0):
-    return jax.lax.dynamic_slice_in_dim(x, index * size, size, axis)
-
-
-def _rows(x, index, size: int):
-    """Tile `index` of [R,T,D] as [R size,D]: the heads of a group side by side."""
-    return rearrange(_part(x, index, size, 1), "r t d -> (r t) d")
-
-
-def _last(how: _How, i, count: int):
-    """Tiles of keys that query tile i sees one of."""
-    tiles = count // how.keys
-    return jnp.minimum(tiles, ((i + 1) * how.queries - 1) // how.keys + 1) if how.causal else tiles
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -128,38 +174,30 @@ def _attend(how: _How, q, k, v, who: _Who):
 
 
 def _forward(how: _How, q, k, v, who: _Who):
-    """out [N,R,T,Dv] and log-sum-exp [N,R,T] of q [N,R,T,D] on k [N,S,D] and v [N,S,Dv]."""
-    heads, length = q.shape[1:3]
+    """out [N,n,Dv,W] and log-sum-exp [N,n,1,W] of q [N,n,W,D] on k [N,m,K,D] and v [N,m,Dv,K].
 
-    def head(given):
-        q, k, v, who = given
+    N heads of keys, n tiles of W queries, m tiles of K keys.
+    """
+    turns, at = _tiles(how, q, k)
 
-        def tile(i):
-            queries = _rows(q, i, how.queries)
+    def step(turn, state):
+        head, i, j = at(turn)
+        top, total, out = (_take(x, head, i) for x in state)
+        logits = _logits(how, q, k, who, head, i, j)
+        new = jnp.maximum(top, jnp.max(logits, axis=0, keepdims=True))
+        safe = jnp.where(new == -jnp.inf, 0.0, new)
+        weights = jnp.exp(logits - safe)
+        kept = jnp.exp(top - safe)
+        total = total * kept + jnp.sum(weights, axis=0, keepdims=True)
+        out = out * kept + _take(v, head, j) @ weights
+        return tuple(_put(x, y, head, i) for x, y in zip(state, (new, total, out), strict=True))
 
-            def step(j, carry):
-                top, total, out = carry
-                logits = _tile(how, queries, _part(k, j, how.keys), who, i, j)
-                new = jnp.maximum(top, jnp.max(logits, axis=0, keepdims=True))
-                safe = jnp.where(new == -jnp.inf, 0.0, new)
-                weights = jnp.exp(logits - safe)
-                kept = jnp.exp(top - safe)
-                out = out * kept + _part(v, j, how.keys).T @ weights
-                return new, total * kept + jnp.sum(weights, axis=0, keepdims=True), out
-
-            width = heads * how.queries
-            made = lambda rows, x: jnp.full_like(q, x, shape=(rows, width))  # noqa: E731
-            empty = made(1, -jnp.inf), made(1, 0), made(v.shape[1], 0)
-            top, total, out = jax.lax.fori_loop(0, _last(how, i, len(k)), step, empty)
-            seen = total > 0
-            total = jnp.where(seen, total, 1.0)
-            lse = jnp.where(seen, top + jnp.log(total), -jnp.inf)
-            return (out / total).reshape(-1, heads, how.queries), lse.reshape(heads, how.queries)
-
-        out, lse = jax.lax.map(tile, jnp.arange(length // how.queries))
-        return rearrange(out, "n d r t -> r (n t) d"), rearrange(lse, "n r t -> r (n t)")
-
-    return jax.lax.map(head, (q, k, v, who))
+    made = lambda rows, x: jnp.full_like(q, x, shape=(*q.shape[:2], rows, q.shape[2]))  # noqa: E731
+    empty = made(1, -jnp.inf), made(1, 0), made(v.shape[2], 0)
+    top, total, out = jax.lax.fori_loop(0, turns, step, empty)
+    seen = total > 0
+    total = jnp.where(seen, total, 1.0)
+    return out / total, jnp.where(seen, top + jnp.log(total), -jnp.inf)
 
 
 def _attend_forward(how: _How, q, k, v, who: _Who):
@@ -169,35 +207,25 @@ def _attend_forward(how: _How, q, k, v, who: _Who):
 
 def _attend_backward(how: _How, kept, dout):
     q, k, v, who, out, lse = kept
-    inner = jnp.sum(out * dout, axis=-1)
+    turns, at = _tiles(how, q, k)
+    inner = jnp.sum(out * dout, axis=2, keepdims=True)
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # a row that saw nothing weighs nothing
+    across, v, dout = (jnp.swapaxes(x, 2, 3) for x in (k, v, dout))
 
-    def head(given):
-        q, k, v, who, dout, lse, inner = given
+    def step(turn, state):
+        head, i, j = at(turn)
+        queries, cotangent = _take(q, head, i), _take(dout, head, i)
+        weights = jnp.exp(_logits(how, q, k, who, head, i, j) - _take(lse, head, i))
+        dlogits = weights * (_take(v, head, j) @ cotangent.T - _take(inner, head, i))
+        more = _take(across, head, j) @ dlogits, dlogits @ queries, weights @ cotangent
+        return tuple(
+            _put(x, _take(x, head, tile) + y, head, tile)
+            for x, y, tile in zip(state, more, (i, j, j), strict=True)
+        )
 
-        def column(dq, j):
-            keys, values = _part(k, j, how.keys), _part(v, j, how.keys)
-
-            def step(i, carry):
-                dq, dk, dv = carry
-                queries, cotangent = _rows(q, i, how.queries), _rows(dout, i, how.queries)
-                row = lambda x: _part(x, i, how.queries, 1).reshape(1, -1)  # noqa: E731
-                weights = jnp.exp(_tile(how, queries, keys, who, i, j) - row(lse))
-                dlogits = weights * (values @ cotangent.T - row(inner))
-                more = rearrange(dlogits.T @ keys, "(r t) d -> r t d", t=how.queries)
-                old = _part(dq, i, how.queries, 1)
-                dq = jax.lax.dynamic_update_slice_in_dim(dq, old + more, i * how.queries, 1)
-                return dq, dk + dlogits @ queries, dv + weights @ cotangent
-
-            first = j * how.keys // how.queries if how.causal else 0
-            empty = dq, jnp.zeros_like(keys), jnp.zeros_like(values)
-            dq, dk, dv = jax.lax.fori_loop(first, q.shape[1] // how.queries, step, empty)
-            return dq, (dk, dv)
-
-        dq, (dk, dv) = jax.lax.scan(column, jnp.zeros_like(q), jnp.arange(len(k) // how.keys))
-        return dq, dk.reshape(k.shape), dv.reshape(v.shape)
-
-    return *jax.lax.map(head, (q, k, v, who, dout, lse, inner)), None
+    empty = jnp.zeros_like(jnp.swapaxes(q, 2, 3)), jnp.zeros_like(k), jnp.zeros_like(v)
+    dq, dk, dv = jax.lax.fori_loop(0, turns, step, empty)
+    return jnp.swapaxes(dq, 2, 3), dk, jnp.swapaxes(dv, 2, 3), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -8,19 +8,22 @@ from typing import Any, Literal, NamedTuple
 from kernels.target import Chip, target
 
 Backend = Literal["auto", "xla", "pallas", "cudnn", "tiled"]
-PROVEN: dict[tuple[Chip, str], frozenset[str]] = {}
+PROVEN: dict[tuple[Chip, str], frozenset[str]] = {
+    ("cpu", "tiled"): frozenset({"softmax_attention"})
+}
 """Ops by chip and backend that `python -m kernels.bench` has found right, and faster than XLA,
-there: what `auto` may take beside XLA. None yet: no such chip has been at hand."""
+there: what `auto` may take beside XLA. No TPU or GPU has been at hand yet."""
 log = logging.getLogger(__name__)
 
 
 class Path(NamedTuple):
     """An implementation. `refuse` gets the same arguments and says why not, in a sentence, or None;
-    without it everything is taken.
+    without it everything is taken. `worth`, too: whether `auto` gains by what it could take.
     """
 
     run: Callable[..., Any]
     refuse: Callable[..., str | None] | None = None
+    worth: Callable[..., bool] | None = None
 
 
 def run(
@@ -30,8 +33,8 @@ def run(
 
     `paths` is in order of preference; its last, "xla", takes everything.
 
-    "auto" is the first that is `PROVEN` here, or "xla", and does not refuse. What the path itself
-    raises propagates: no other one is tried.
+    "auto" is the first that is `PROVEN` here, or "xla", does not refuse and is worth it. What the
+    path itself raises propagates: no other one is tried.
 
     Raises:
         NotImplementedError: `op` has no path of that name, or the path refuses these arguments.
@@ -42,6 +45,7 @@ def run(
             for name, path in paths.items()
             if (name == "xla" or op in PROVEN.get((target().chip, name), ()))
             and not _reason(path, arguments, options)
+            and (path.worth is None or path.worth(*arguments, **options))
         )
         _say_once(op, backend)
     elif backend not in paths:

@@ -3,8 +3,9 @@
     python -m efficient_attn.tools.growth README.md docs/growth.svg
 
 Multiply-adds are counted off the jaxpr, a scan by its length. Peak memory is what XLA's compiler
-says that it will hold beside inputs and outputs. Neither runs anything, so both are exact and the
-same everywhere. An exponent is the slope of a straight line through the logarithms.
+says that it will hold beside inputs and outputs. Neither runs anything, and both are of what
+`auto` takes on one CPU, so they are exact and the same everywhere. An exponent is the slope of a
+straight line through the logarithms.
 """
 
 import itertools
@@ -27,6 +28,7 @@ from efficient_attn.tools.count import multiply_adds
 from efficient_attn.tools.table import between, read, row
 from efficient_attn.train.flags import run
 from kernels import Mask
+from kernels.target import use
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 WIDTH, HEADS = 256, 4
@@ -112,7 +114,8 @@ def _functions(choice, site: Site, causal: bool):
 
     def forward(params, rest, x):
         mixer, shared = nnx.merge(graph, params, rest)
-        return mixer(x, mask=Mask(causal=causal), shared=shared)
+        with use("cpu"):
+            return mixer(x, mask=Mask(causal=causal), shared=shared)
 
     def training(params, rest, x):
         loss = lambda params, x: jnp.sum(forward(params, rest, x))  # noqa: E731

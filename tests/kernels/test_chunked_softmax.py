@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from kernels import Mask, reference, softmax_attention
-from kernels.chunked_softmax import chunked_softmax, refuse_chunked
+from kernels.chunked_softmax import SHORTEST, chunked_softmax, refuse_chunked
 from kernels.target import use
 from tests.kernels.compare import MASKS, agree, arrays, both, mask_of
 
-TILE = (16, 24)
+TILE = (16, 32)  # multiples of chunked_softmax.VECTOR
 
 
 def op(q, k, v, *, mask=None, scale=None, tile=TILE):
@@ -25,6 +25,40 @@ def qkv(length, *, keys=None, heads=4, groups=4, dim=8, values=None):
     values = dim if values is None else values
     shapes = {"q": (4, length, heads, dim), "k": (4, keys, groups, dim)}
     return arrays(0, **shapes, v=(4, keys, groups, values))
+
+
+def products(length, backend="auto", device="cpu", **options):
+    """Matrix products of the op in a loop, and outside of any."""
+    shape = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
+    call = functools.partial(softmax_attention, backend=backend, **options)
+    with use(device):
+        equations = jax.make_jaxpr(call)(shape, shape, shape).eqns
+    loops = [e for e in equations if e.primitive.name in ("custom_vjp_call", "scan", "while")]
+    return len(loops), sum(e.primitive.name == "dot_general" for e in equations)
+
+
+def test_auto_takes_it_on_a_cpu_where_it_is_faster_and_only_there():
+    assert products(SHORTEST) == (1, 0)
+    assert products(SHORTEST, mask=Mask(causal=True)) == (1, 0)
+    assert products(SHORTEST - 1) == products(SHORTEST, "xla") == (0, 2)
+    assert products(SHORTEST, logit_cap=3.0) == products(SHORTEST, device="gpu") == (0, 2)
+
+
+def test_auto_leaves_it_where_several_devices_may_hold_the_heads():
+    shape = jnp.ones((1, SHORTEST, 2, 8))
+    assert jax.device_count() > 1
+    assert "custom_vjp" not in str(jax.make_jaxpr(softmax_attention)(shape, shape, shape))
+
+
+def test_in_shard_map_each_device_has_its_own():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("batch",))
+    spec = jax.sharding.PartitionSpec("batch")
+    given = [jnp.asarray(x) for x in qkv(40).values()]
+    divided = jax.shard_map(op, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
+    loss = lambda call: lambda *x: jnp.sum(call(*x) ** 2)  # noqa: E731
+    ours, alone = (jax.grad(loss(call), (0, 1, 2))(*given) for call in (divided, op))
+    for x, y in zip(ours, alone, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
 
 
 def test_the_op_has_it_by_name():
@@ -51,10 +85,10 @@ def test_other_shapes(shape):
     agree(both(op, reference.softmax_attention, qkv(63, **shape), mask))
 
 
-@pytest.mark.parametrize("tile", [(8, 40), (40, 8), (64, 64)])
-def test_causal_tiles_that_are_not_square(tile):
+@pytest.mark.parametrize("tile", [(32, 48), (96, 16), (128, 64)])
+def test_causal_tiles_of_other_shapes(tile):
     mask = mask_of("causal", 63)
-    given = qkv(63, groups=2)
+    given = qkv(63, groups=2)  # two heads side by side: 16, 48 and 64 positions
     agree(both(op, reference.softmax_attention, given, mask, op_options={"tile": tile}))
 
 

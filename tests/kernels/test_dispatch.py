@@ -67,6 +67,14 @@ def test_auto_takes_the_first_proven_one_that_does_not_refuse(proven):
     assert dispatch.run("an op", "auto", PATHS, (3,), {"limit": 2}) == ("xla", 3)
 
 
+def test_auto_passes_over_what_is_not_worth_it_and_a_name_does_not(proven):
+    dear = PATHS["pallas"]._replace(worth=lambda x, limit: x > 1)
+    paths = PATHS | {"pallas": dear}
+    assert dispatch.run("an op", "auto", paths, (2,), {"limit": 2}) == ("pallas", 2)
+    assert dispatch.run("an op", "auto", paths, (1,), {"limit": 2}) == ("xla", 1)
+    assert dispatch.run("an op", "pallas", paths, (1,), {"limit": 2}) == ("pallas", 1)
+
+
 def test_auto_says_once_what_it_took(caplog, proven):
     dispatch._say_once.cache_clear()
     with caplog.at_level(logging.INFO, "kernels.dispatch"):
