@@ -1,6 +1,7 @@
 """Sizes, blocks and layouts of linear attention's kernels on TPU, and how they are called."""
 
 import functools
+import math
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -11,16 +12,24 @@ from einops import rearrange
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels import tuned
 from kernels.fused.passes import Projection
 from kernels.fused.ways import Ways
 
 LANES = 128
-BESIDE = (4, 2, 1)
-"""Heads of 128 channels to a block where nothing is scaled; steps fill each other's waits."""
 VECTORS = ("row", "col", "start", "end", "keep", "segment", "inv_den", "r")
 """The rows of the block [8, C] of a chunk's float32 numbers per token."""
 
 f32 = jnp.float32
+
+
+class Sizes(NamedTuple):
+    """At most. chunk: tokens of a chunk. beside: heads of 128 channels to a block, forward, where
+    nothing is scaled; steps fill each other's waits.
+    """
+
+    chunk: int = 512
+    beside: int = 4
 
 
 class Plan(NamedTuple):
@@ -63,12 +72,18 @@ def packed_heads(heads: int, *channels: int) -> int:
     return heads
 
 
+def sizes_of(rank: int, dim: int) -> Sizes:
+    """Those for R features and Dv channels of a value."""
+    rule = Sizes() if max(rank, dim) <= LANES else Sizes(chunk=256)
+    return tuned.sizes(f"linear R{rank} D{dim}", rule)
+
+
 def beside(heads: int, arrays) -> int:
     """Heads of a block that share no lanes, forward: more than one where all is known to fit."""
     like = (heads, LANES, jnp.bfloat16)
     if any((*x.shape[2:], x.dtype) != like for x in arrays):
         return 1
-    return next(n for n in BESIDE if heads % n == 0)
+    return math.gcd(heads, sizes_of(LANES, LANES).beside)
 
 
 def make_plan(arrays, projection: Projection | None, chunk: int, ways: Ways | None = None) -> Plan:

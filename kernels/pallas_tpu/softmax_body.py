@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels.pallas_tpu.softmax_plan import LANES, ROWS, Plan, Sides, both
+from kernels.pallas_tpu.softmax_plan import LANES, Plan, Sides, both
 
 FLOOR = -1e30
 """The maximum of a row that has seen no key yet; no logit is below it."""
@@ -135,7 +135,7 @@ def forward_once(*refs, plan: Plan):
     j = jnp.minimum(*plan.keys_of(i))
     if plan.own:
         column[0][...] = _column(ids[0][0])
-    for sides in plan.pieces(across=True, most=ROWS):
+    for sides in plan.pieces(across=True, most=plan.sizes.rows):
         queries, parts = pl.ds(sides.query, sides.queries), []
         seen = _seen(plan, i, j, plan.windowed, ids, column, sides)
         for head in plan.heads.members:

@@ -10,22 +10,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels import tuned
 from kernels.fused.softmax import RESIDENT, Tiles, Window
 from kernels.pallas_tpu.softmax_layout import LANES, Heads, heads_of
 
-LARGEST = 1024
-"""Queries in a block, at most, of bfloat16."""
-PIECE = 512
-"""Keys, or in the gradient of keys queries, of a block that are taken at once: while one piece is
-exponentiated, the next is multiplied."""
-EDGE = 256
-"""Queries and keys taken at once where the edge of a window goes through a square block."""
-GRADIENT = 1024
-"""Queries and keys of a block in the backward pass, at most."""
-ROWS = 512
-"""Queries taken at once where all keys are on chip."""
 HIDDEN = np.iinfo(np.int32).min
 """The segment of a key that is padding."""
+
+
+class Sizes(NamedTuple):
+    """At most. queries: in a block, of bfloat16.
+
+    piece: keys, or in the gradient of keys queries, of a block that are taken at once: while one is
+    exponentiated, the next is multiplied. edge: queries and keys taken at once where the edge of a
+    window goes through a square block. gradient: queries and keys of a block in the backward pass.
+    rows: queries taken at once where all keys are on chip.
+    """
+
+    queries: int = 1024
+    piece: int = 512
+    edge: int = 256
+    gradient: int = 1024
+    rows: int = 512
 
 
 class Sides(NamedTuple):
@@ -36,10 +42,10 @@ class Sides(NamedTuple):
     key: int
     keys: int
 
-    def joins(self, other: "Sides") -> bool:
-        """Whether the keys of `other` follow, for the same queries, and both are one piece."""
+    def joins(self, other: "Sides", most: int) -> bool:
+        """Whether the keys of `other` follow, for the same queries, both together up to `most`."""
         follows = self.query == other.query and self.key + self.keys == other.key
-        return follows and self.keys + other.keys <= PIECE
+        return follows and self.keys + other.keys <= most
 
 
 class Plan(NamedTuple):
@@ -58,6 +64,7 @@ class Plan(NamedTuple):
     masked: bool
     own: bool
     interpret: Any
+    sizes: Sizes
 
     @property
     def windowed(self) -> bool:
@@ -97,7 +104,7 @@ class Plan(NamedTuple):
     def pieces(self, *, across: bool = False, most: int | None = None) -> list[Sides]:
         """The pieces of a block: of keys or, `across`, of queries."""
         size = self.tiles[not across]
-        piece = _part(size, most or PIECE)
+        piece = _part(size, most or self.sizes.piece)
         if across:
             return [self.all._replace(query=at, queries=piece) for at in range(0, size, piece)]
         return [self.all._replace(key=at, keys=piece) for at in range(0, size, piece)]
@@ -123,7 +130,7 @@ class Plan(NamedTuple):
 
     def corners(self, distance: int) -> list[tuple[Sides, bool]]:
         """The pieces that are not hidden, and whether they are whole: those may be larger."""
-        size, pieces = _part(self.tiles.q, EDGE), []
+        size, pieces = _part(self.tiles.q, self.sizes.edge), []
         for query in range(0, self.tiles.q, size):
             for key in range(0, self.tiles.k, size):
                 sides = Sides(query, size, key, size)
@@ -131,7 +138,7 @@ class Plan(NamedTuple):
                 before, whole = pieces[-1] if pieces else (sides, False)
                 if not self.within(least, most):
                     continue
-                if self.within(most, least) and whole and before.joins(sides):
+                if self.within(most, least) and whole and before.joins(sides, self.sizes.piece):
                     pieces[-1] = before._replace(keys=before.keys + size), True
                 else:
                     pieces.append((sides, bool(self.within(most, least))))
@@ -150,7 +157,7 @@ class Plan(NamedTuple):
 
     def smaller(self) -> "Plan":
         """With the blocks of the backward pass, which divide the others."""
-        tiles = Tiles(*(_part(size, GRADIENT) for size in self.tiles))
+        tiles = Tiles(*(_part(size, self.sizes.gradient) for size in self.tiles))
         pairs = zip(self.blocks, self.tiles, tiles, strict=True)
         count_q, count_k = (count * (size // part) for count, size, part in pairs)
         return self._replace(tiles=tiles, blocks=(count_q, count_k))
@@ -163,13 +170,22 @@ def plan(q, k, *, scale, causal, window: Window, segments, keys, tiles: Tiles, i
         tiles=tiles, blocks=(q.shape[1] // tiles.q, k.shape[1] // tiles.k),
         heads=heads_of(q, k, tiles), scale=scale, left=left, right=0 if causal else right,
         masked=segments is not None or keys is not None, own=segments is not None,
-        interpret=interpret,
+        interpret=interpret, sizes=sizes_of(q, k, window),
     )  # fmt: skip
+
+
+def sizes_of(q, k, window: Window) -> Sizes:
+    """Those for a window, rounded up to 256, for resident keys, or for `all` keys."""
+    what = "resident" if k.shape[1] <= RESIDENT else "all"
+    if window is not None:
+        what = f"window {-(-max(window) // 256) * 256}"
+    return tuned.sizes(f"softmax {what} D{q.shape[3]}", Sizes())
 
 
 def tiles(q, k, *, causal: bool, window: Window, resident: bool) -> Tiles:
     """Queries and keys in a block; a product of float32 is six of bfloat16, and as long code."""
-    queries, keys, most = q.shape[1], k.shape[1], 2 * LARGEST // q.dtype.itemsize
+    queries, keys = q.shape[1], k.shape[1]
+    most = 2 * sizes_of(q, k, window).queries // q.dtype.itemsize
     if resident and keys <= RESIDENT:
         return Tiles(_even(queries, most), _even(keys, RESIDENT))
     if window is not None:

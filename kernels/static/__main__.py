@@ -15,9 +15,10 @@ kernels/static/budget.json; `--write` puts the figures there. The compilers come
 How to read it. A kernel that sets its warps' registers shows those of its launch, 168 for three
 warpgroups. Cycles are the compiler's own static estimate, of one core, without waiting for memory:
 they rank variants of a kernel, and are no measurement. Where its estimator gives up, the cycles are
-those in which bundles are issued, counted off the listing (12 % below the estimate where there are
-both). "outside" is what XLA runs around the Pallas calls, "temporary" the bytes that the program
-holds beside its arguments and results. The bound is `shapes.traffic` over the chip's bandwidth.
+those in which bundles are issued, counted off the listing, every branch as if it were taken: they
+compare with their like alone. "outside" is what XLA runs around the Pallas calls, "temporary" the
+bytes that the program holds beside its arguments and results. The bound is `shapes.traffic` over
+the chip's bandwidth.
 """
 
 import argparse
@@ -71,8 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     name, chip = options.target, ahead.CHIPS[options.target]
     if options.child:
-        (case,) = (c for c in shapes.SHIPPED if c.name == options.only)
-        ahead.child(chip, case, options.passes[0], Path(options.child))
+        ahead.child(name, Path(options.child))
         return 0
     if why := ahead.missing(chip):
         print(why, file=sys.stderr)

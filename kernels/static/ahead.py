@@ -1,5 +1,6 @@
 """A case compiled for a chip that is not here, in a process of its own, and what comes of it."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from kernels import shapes, target
+from kernels import shapes, target, tuned
 from kernels.shapes import Case, Pass
 from kernels.static.reports import gpu_figures, tpu_figures
 
@@ -109,11 +110,16 @@ def compile_for(chip: Chip, case: Case, run: Pass) -> Any:
         return traced.lower(lowering_platforms=(platform,)).compile()
 
 
-def child(chip: Chip, case: Case, run: Pass, folder: Path) -> None:
-    """Compile, and leave report.json in the folder that the compiler dumps into."""
+def child(name: str, folder: Path) -> None:
+    """Compile what request.json asks for, in the folder that the compiler dumps into.
+
+    Leaves report.json there.
+    """
     resource.setrlimit(resource.RLIMIT_CPU, (PATIENCE, PATIENCE + 5))
+    asked, chip = json.loads((folder / "request.json").read_text()), CHIPS[name]
     try:
-        compiled = compile_for(chip, case, run)
+        with tuned.use(name, asked["trial"]):
+            compiled = compile_for(chip, Case(**asked["case"]), asked["run"])
         gpu = chip.family == "hopper"
         report = gpu_figures(folder) if gpu else tpu_figures(folder, compiled.as_text())
         memory = compiled.memory_analysis()
@@ -125,14 +131,21 @@ def child(chip: Chip, case: Case, run: Pass, folder: Path) -> None:
     (folder / "report.json").write_text(json.dumps(said))
 
 
-def examine(name: str, case: Case, run: Pass, *, bundles: bool = False) -> dict[str, Any]:
-    """{"kernels": Report}, {"refused": why} or {"failed": why} of one case, in a new process."""
+def examine(
+    name: str, case: Case, run: Pass, *, trial: tuned.Trial | None = None, bundles: bool = False
+) -> dict[str, Any]:
+    """{"kernels": Report}, {"refused": why} or {"failed": why} of one case, in a new process.
+
+    trial: sizes in place of the table's. bundles: count them, instead of asking the estimator.
+    """
     chip = CHIPS[name]
     with tempfile.TemporaryDirectory(prefix="static.") as place:
         folder = Path(place)
-        order = ["--target", name, "--child", place, "--only", case.name, "--passes", run]
+        asked = {"case": dataclasses.asdict(case), "run": run, "trial": trial}
+        (folder / "request.json").write_text(json.dumps(asked))
         done = subprocess.run(
-            [sys.executable, "-m", "kernels.static", *order], capture_output=True, text=True,
+            [sys.executable, "-m", "kernels.static", "--target", name, "--child", place],
+            capture_output=True, text=True,
             env=os.environ | environment(chip, folder, bundles=bundles), errors="replace",
         )  # fmt: skip
         report = folder / "report.json"
@@ -140,7 +153,7 @@ def examine(name: str, case: Case, run: Pass, *, bundles: bool = False) -> dict[
             return json.loads(report.read_text())
     gave_up = done.returncode == -signal.SIGXCPU or any(s in done.stderr for s in DUMPS_ABORT)
     if gave_up and chip.family == "tpu" and not bundles:
-        return examine(name, case, run, bundles=True)
+        return examine(name, case, run, trial=trial, bundles=True)
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"^\S*(Error|Exception)\b|^RESOURCE", line)]
     return {"failed": (errors or lines or [f"it ended with {done.returncode}"])[-1][:400]}

@@ -45,6 +45,9 @@ def read_bundles(text: str) -> Figures:
     within: list[tuple[int, ...]] = []  # the loops around each bundle
     bundle = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?:?\s*:?\s*(>*)(.*)$", re.M)
     for label, deep, rest in bundle.findall(text):
+        if rest.lstrip().startswith("{}") and not deep:  # an empty one is shown outside of its loop
+            within.append(tuple(inside))
+            continue
         del inside[len(deep) - (label == "LB") :]
         while len(inside) < len(deep):
             inside.append(len(turns))

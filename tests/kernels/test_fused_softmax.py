@@ -126,8 +126,7 @@ def test_blocks_go_in_pieces(monkeypatch, sides, tiles, mask):
     """Where the edge of a window goes through square blocks, only what is seen is computed."""
     from kernels.pallas_tpu import softmax_plan as module
 
-    monkeypatch.setattr(module, "PIECE", 8)
-    monkeypatch.setattr(module, "EDGE", 8)
+    monkeypatch.setattr(module, "sizes_of", lambda *_: module.Sizes(piece=8, edge=8))
     how = {"left": sides[0], "right": sides[1], "op_options": {"tiles": tiles}}
     agree(both(window, expected_window, qkv(63), mask_of(mask, 63), **how))
 

@@ -83,12 +83,13 @@ def test_an_estimate_counts_for_all_that_equal_it():
 
 
 def test_bundles_count_as_often_as_their_loops_turn():
-    assert reports.read_bundles(BUNDLES) == {"issued": 3 + 66 * (4 + 2 * 8), "endless": 0}
+    """An empty bundle, which the listing shows outside of all loops, is in that of the one before."""
+    assert reports.read_bundles(BUNDLES) == {"issued": 2 + 66 * (5 + 2 * 8), "endless": 0}
 
 
 def test_a_loop_of_unknown_length_counts_once_and_is_named():
     unknown = BUNDLES.replace(", 8 /*", ", %s7 /*")
-    assert reports.read_bundles(unknown) == {"issued": 3 + 66 * (4 + 2), "endless": 1}
+    assert reports.read_bundles(unknown) == {"issued": 2 + 66 * (5 + 2), "endless": 1}
 
 
 def test_memory_of_the_pallas_calls_alone():
@@ -117,7 +118,7 @@ def test_where_the_estimator_gave_up_bundles_are_counted(tmp_path):
     (tmp_path / "1795-call.1-71-schedule-analysis_final_bundles.txt").write_text("Schedule")
     (tmp_path / "1796-fusion-66-final_bundles.txt").write_text(BUNDLES)
     report = reports.tpu_figures(tmp_path, HLO)
-    issued = 3 + 66 * 20
+    issued = 2 + 66 * 21
     assert report["call.1"] == {"vmem": 532992, "issued": issued, "endless": 0}
     assert report[""] == {"issued": 2 * issued, "outside": issued}
 
