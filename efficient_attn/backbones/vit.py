@@ -127,9 +127,10 @@ class Vit(Backbone):
     ) -> tuple[Float[Array, "B classes"], ...]:
         """The logits of each classifier: the class token's, then the distillation token's."""
         x = self._encode(images, rngs)
-        if self.config.pool != "distilled":
-            return (self.classifier(x, None),)
-        return self.classifier(x, None), self.student(x[:, 1:], None)
+        with jax.named_scope("head"):
+            if self.config.pool != "distilled":
+                return (self.classifier(x, None),)
+            return self.classifier(x, None), self.student(x[:, 1:], None)
 
     def features(
         self, images: Float[Array, "B H W C"], *, rngs: nnx.Rngs | None = None
