@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels import tuned
 from kernels.fused.softmax import Tiles, Window
 from kernels.pallas_gpu.resident import (
     LOG2E,
@@ -72,6 +73,11 @@ TABLE = {64: Blocks(128, 4, 128, 64), 128: Blocks(128, 2, 64, 64)}
 """Head dim -> blocks. Each compiles for H200 without spills, with any mask (`kernels.static`)."""
 
 
+def blocks_of(dim: int) -> Blocks:
+    """Those tuned for the chip at hand, or of `TABLE`."""
+    return tuned.sizes(f"softmax D{dim}", TABLE[dim])
+
+
 def tiles(q, k, *, causal: bool, window: Window, resident: bool) -> Tiles:
     """What T and S are multiples of; all keys where they stay on chip."""
     del q, window
@@ -105,7 +111,7 @@ def forward(
     if tiles.k == k.shape[1] <= RESIDENT and dense:
         return resident_forward(q, k, v, scale=scale, keys=keys, interpret=interpret)
     batch, queries, heads, dim = q.shape
-    blocks, (mine, theirs) = TABLE[dim], _ids(segments, keys, queries)
+    blocks, (mine, theirs) = blocks_of(dim), _ids(segments, keys, queries)
     count = queries // TILE
     sweep = Sweep(
         band=_band(causal, window, queries), ids=bool(mine), tiles=count,
@@ -149,7 +155,7 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """dq, dk, dv of `forward`, whose results are out and lse; dlse may be None."""
     del tiles
-    blocks, live = TABLE[q.shape[-1]], lse > -jnp.inf
+    blocks, live = blocks_of(q.shape[-1]), lse > -jnp.inf
     delta = jnp.einsum("bthd,bthd->bht", out, dout, preferred_element_type=jnp.float32)
     delta = jnp.where(live, delta if dlse is None else delta - dlse, 0.0)
     lse = jnp.where(live, lse * LOG2E, -HIDDEN)  # weights of exp2(-1e30) = 0
