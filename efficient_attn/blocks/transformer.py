@@ -27,7 +27,8 @@ class Shape:
     mlp_ratio: hidden width of the feed-forward layer over the width; 1 is Lite Transformer's flat
     one.
     mlp: "gelu" or "relu" between two linear layers; "swiglu" or "geglu" with a gate, a third
-    matrix (see `layers.mlp`).
+    matrix. mlp_norm: what follows each of the two. mlp_bias: whether they have biases (see
+    `layers.mlp`).
     norm: "pre" normalises before each branch and once at the end, "post" after each residual sum.
     norm_type, norm_epsilon: see `layers.norm`.
     final_norm: whether one more follows the last block of a "pre" stack.
@@ -48,6 +49,8 @@ class Shape:
     heads: int = 4
     mlp_ratio: float = 4.0
     mlp: MlpType = "gelu"
+    mlp_norm: Literal["none"] = "none"
+    mlp_bias: bool = True
     dropout: float = 0.1
     drop_path: float = 0.0
     norm: Literal["pre", "post"] = "pre"
@@ -82,10 +85,19 @@ class Shape:
 @dataclass(frozen=True)
 class GridShape(Shape):
     """A stack over pictures: nothing is padding and nobody looks ahead, so that norms over all
-    positions ("groupnorm") are no leak.
+    positions ("groupnorm"), or over the batch (`mlp_norm`), are no leak.
     """
 
     norm_type: NormType = "layernorm"
+    mlp_norm: Literal["none", "batchnorm"] = "none"
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            self.residual == "add" or self.mlp_norm == "none",
+            "residual='reversible' recomputes every block, and the running statistics of "
+            f"mlp_norm={self.mlp_norm!r} would move twice; set residual='add'",
+        )
 
 
 @dataclass(frozen=True)
@@ -120,8 +132,10 @@ class Block(nnx.Module):
         self.mixer = attention.build(choice, site, needs=needs, rngs=rngs, shared=shared)
         hidden = round(shape.mlp_ratio * shape.width)
         self.mlp = Mlp(
-            shape.width, hidden, kind=shape.mlp, dropout=shape.dropout, dtype=site.dtype, rngs=rngs
-        )
+            shape.width, hidden, kind=shape.mlp, norm=shape.mlp_norm, use_bias=shape.mlp_bias,
+            begin=0.0 if shape.layer_scale is None else 1.0, dropout=shape.dropout,
+            dtype=site.dtype, rngs=rngs,
+        )  # fmt: skip
         self.mixer_norm = make_norm(shape.norm_type, shape.width, **norm)
         self.mlp_norm = make_norm(shape.norm_type, shape.width, **norm)
         self.branches = ("mixer", "mlp") if cross is None else ("mixer", "cross", "mlp")

@@ -42,14 +42,52 @@ class BatchNorm(nnx.Module):
 
     In training (with `rngs`) mean and variance are those of the batch, of all devices that it is
     spread over, and the running ones follow them by a tenth of the way; otherwise they are the
-    running ones. Those are no parameters: they are saved with a model, and not trained.
+    running ones. Those are no parameters: they are saved with a model, and not trained. `begin` is
+    what the scales begin with: 0 makes a residual branch begin as nothing (arXiv 1706.02677, 5.1).
     """
 
-    def __init__(self, width: int, *, epsilon: float = 1e-5, dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        *,
+        epsilon: float = 1e-5,
+        begin: float = 1.0,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
         self.norm = nnx.BatchNorm(
-            width, momentum=0.9, epsilon=epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs
-        )
+            width, momentum=0.9, epsilon=epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs,
+            scale_init=nnx.initializers.constant(begin),
+        )  # fmt: skip
 
     def __call__(self, x: Float[Array, "... E"], *, rngs: nnx.Rngs | None) -> Float[Array, "... E"]:
         """`rngs` says that this is training; nothing is drawn."""
         return self.norm(x, use_running_average=rngs is None)
+
+
+class LinearNorm(nnx.Module):
+    """norm(x W + b): "batchnorm", for which b is nothing and left out by default, or "none"."""
+
+    def __init__(
+        self,
+        width: int,
+        out: int,
+        *,
+        norm: Literal["none", "batchnorm"] = "batchnorm",
+        use_bias: bool = False,
+        begin: float = 1.0,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        init = nnx.initializers.xavier_uniform()
+        self.linear = nnx.Linear(
+            width, out, use_bias=use_bias, kernel_init=init, dtype=dtype, rngs=rngs
+        )
+        self.normed = norm == "batchnorm"
+        if self.normed:
+            self.norm = BatchNorm(out, begin=begin, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "... E"], *, rngs: nnx.Rngs | None) -> Float[Array, "... F"]:
+        """`rngs` says that this is training; `begin`: see `BatchNorm`."""
+        x = self.linear(x)
+        return self.norm(x, rngs=rngs) if self.normed else x

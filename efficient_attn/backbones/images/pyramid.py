@@ -57,3 +57,31 @@ class Pyramid(Backbone):
     ) -> Float[Array, "B classes"]:
         """Logits of the last map."""
         return self.classifier(jnp.mean(x.astype(jnp.float32), axis=(1, 2)))
+
+
+class Distilled(Pyramid):
+    """A pyramid with two classifiers, the second for what a teacher says (DeiT, arXiv 2012.12877).
+
+    Logits are the mean of both classifiers', `heads` gives them apart. A subclass makes `scores`.
+    """
+
+    def head(
+        self, x: Float[Array, "B h w E"], *, rngs: nnx.Rngs | None
+    ) -> Float[Array, "B classes"]:
+        """The mean of both classifiers' logits."""
+        first, second = self.scores(x, rngs=rngs)
+        return (first + second) / 2
+
+    def heads(
+        self, images: Float[Array, "B H W C"], *, rngs: nnx.Rngs | None = None
+    ) -> tuple[Float[Array, "B classes"], Float[Array, "B classes"]]:
+        """The logits of each classifier: that of the labels, then that of the teacher."""
+        last = self.features(images, rngs=rngs)[-1]
+        with jax.named_scope("head"):
+            return self.scores(last, rngs=rngs)
+
+    def scores(
+        self, x: Float[Array, "B h w E"], *, rngs: nnx.Rngs | None
+    ) -> tuple[Float[Array, "B classes"], Float[Array, "B classes"]]:
+        """What each classifier makes of the last map, float32."""
+        raise NotImplementedError
