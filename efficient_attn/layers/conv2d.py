@@ -1,6 +1,6 @@
 """Convolutions of images, channels last, with the paddings of PyTorch's networks."""
 
-from typing import Any
+from typing import Any, Literal
 
 from flax import nnx
 from jaxtyping import Array, Float
@@ -33,7 +33,10 @@ def conv2d(
 
 
 class ConvNorm(nnx.Module):
-    """activation(norm(conv(x))), the convolution without a bias, see `conv2d` and `BatchNorm`."""
+    """activation(norm(conv(x))), the convolution without a bias, see `conv2d` and `BatchNorm`.
+
+    With norm="none" activation(conv(x)), the convolution with one.
+    """
 
     def __init__(
         self,
@@ -43,19 +46,24 @@ class ConvNorm(nnx.Module):
         *,
         stride: int = 1,
         groups: int = 1,
+        norm: Literal["batchnorm", "none"] = "batchnorm",
         activation: Activation = "none",
         epsilon: float = 1e-5,
         dtype: Any,
         rngs: nnx.Rngs,
     ):
+        self.normed = norm == "batchnorm"
         self.conv = conv2d(
-            width, out, kernel, stride=stride, groups=groups, use_bias=False, dtype=dtype, rngs=rngs
-        )
-        self.norm = BatchNorm(out, epsilon=epsilon, dtype=dtype, rngs=rngs)
+            width, out, kernel, stride=stride, groups=groups, use_bias=not self.normed,
+            dtype=dtype, rngs=rngs,
+        )  # fmt: skip
+        if self.normed:
+            self.norm = BatchNorm(out, epsilon=epsilon, dtype=dtype, rngs=rngs)
         self.activation: Activation = activation
 
     def __call__(
         self, x: Float[Array, "B H W C"], *, rngs: nnx.Rngs | None
     ) -> Float[Array, "B h w F"]:
         """`rngs` says that this is training."""
-        return ACTIVATIONS[self.activation](self.norm(self.conv(x), rngs=rngs))
+        x = self.conv(x)
+        return ACTIVATIONS[self.activation](self.norm(x, rngs=rngs) if self.normed else x)
