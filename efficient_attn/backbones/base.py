@@ -95,6 +95,13 @@ def block_names(ours: str, theirs: str) -> tuple[Rule, ...]:
     )
 
 
+class Objective(nnx.Intermediate):
+    """A loss of each example [B], already weighted, that a model sows (`Module.sow`) in training.
+
+    It is added to what the model is trained for, whatever that is.
+    """
+
+
 class Backbone(nnx.Module):
     """Inputs [B, ...] -> logits [*label.shape, classes], whatever the attention inside.
 
@@ -115,6 +122,15 @@ class Backbone(nnx.Module):
     def __call__(self, inputs: Any, *, rngs: nnx.Rngs | None = None) -> Float[Array, "... classes"]:
         """Logits in float32. `rngs` supplies dropout; without it nothing is dropped."""
         raise NotImplementedError
+
+    def heads(
+        self, inputs: Any, *, rngs: nnx.Rngs | None = None
+    ) -> tuple[Float[Array, "... classes"], ...]:
+        """The logits of each classifier, of which a call gives the mean.
+
+        Where there are two, the second learns from a teacher, if there is one.
+        """
+        return (self(inputs, rngs=rngs),)
 
 
 def refuse_kind(name: str, kinds: Iterable[str], source: Input) -> None:

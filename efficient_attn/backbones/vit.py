@@ -1,7 +1,7 @@
 """Vision transformers (arXiv 2010.11929), and DeiT's with a distillation token (2012.12877)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ class Vit(Backbone):
     """
 
     native = "softmax"
+    needs: ClassVar[frozenset[str]] = frozenset({"bidirectional"})
     names = (
         Rule("embed", "patch_embed.proj", channels=3),
         Rule("cls", "cls_token"),
@@ -105,7 +106,7 @@ class Vit(Backbone):
             backend=build.backend, grid=None if first else self.grid,
         )  # fmt: skip
         expression = build.expression(self.native)
-        self.stack = Stack(expression, config, site, needs={"bidirectional"}, rngs=rngs)
+        self.stack = Stack(expression, config, site, needs=self.needs, rngs=rngs)
         pool = "cls" if first else "mean"
         self.classifier = Classifier(width, source.classes, pool=pool, rngs=rngs)
         if config.pool == "distilled":
@@ -147,7 +148,11 @@ class Vit(Backbone):
             x = self._place(self.embed(patches))
             x = self.dropout(x, deterministic=rngs is None, rngs=rngs)
         with jax.named_scope("stage0"):
-            return self.stack(x, mask=Mask(), rngs=rngs)
+            return self.mix(x, rngs=rngs)
+
+    def mix(self, x: Float[Array, "B T E"], *, rngs: nnx.Rngs | None) -> Float[Array, "B S E"]:
+        """The tokens after the last block; the first of them stay the first."""
+        return self.stack(x, mask=Mask(), rngs=rngs)
 
     def _place(self, x):
         """x with its positions, and the first tokens before it."""

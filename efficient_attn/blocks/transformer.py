@@ -180,6 +180,10 @@ class Block(nnx.Module):
             y = self.look(y, self.cross.init_cross(context), context_mask, shared)
         else:
             y = self.mlp(y, rngs=rngs)
+        return self.finished(name, y, rngs=rngs)
+
+    def finished(self, name: str, y: Float[Array, "B T E"], *, rngs) -> Float[Array, "B T E"]:
+        """What the branch `name` adds when its mixer or layer gives y: scaled, or dropped."""
         y = self.scaled(name, y)
         y = self.dropout(y, deterministic=rngs is None, rngs=rngs)
         return self.drop_path(y, deterministic=rngs is None, rngs=rngs)
