@@ -7,7 +7,24 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from efficient_attn.backbones.base import Backbone, Input, refuse_kind, refuse_size
+from efficient_attn.backbones.base import (
+    NATIVE,
+    Backbone,
+    Build,
+    Input,
+    refuse_kind,
+    refuse_size,
+)
+from efficient_attn.config import require
+
+
+def refuse_attention(name: str, build: Build) -> None:
+    """Raise UserError for an attention in a family that has none."""
+    require(
+        build.attention == NATIVE,
+        f"{name} has convolutions alone, there is no attention for {build.attention!r} to replace; "
+        f"leave attention={NATIVE!r}",
+    )
 
 
 class Pyramid(Backbone):
@@ -41,7 +58,7 @@ class Pyramid(Backbone):
     def features(
         self, images: Float[Array, "B H W C"], *, rngs: nnx.Rngs | None = None
     ) -> tuple[Float[Array, "B h w E"], ...]:
-        """The map after each stage, from the finest."""
+        """The last map of each resolution that the stages make, from the finest."""
         refuse_size(images, self.shape)
         with jax.named_scope("stem"):
             x = self.stem(images, rngs=rngs)
@@ -49,6 +66,8 @@ class Pyramid(Backbone):
         for i, stage in enumerate(self.stages):
             with jax.named_scope(f"stage{i}"):
                 x = stage(x, rngs=rngs)
+            if maps and maps[-1].shape[1:3] == x.shape[1:3]:
+                maps.pop()
             maps.append(x)
         return tuple(maps)
 
