@@ -21,6 +21,7 @@ from efficient_attn.attention.base import (
     Site,
     written,
 )
+from efficient_attn.attention.biased import Biased
 from efficient_attn.attention.bidirectional import Bidirectional
 from efficient_attn.attention.bigbird import BigBird
 from efficient_attn.attention.cosformer import Cosformer
@@ -91,6 +92,7 @@ MIXERS: dict[str, type[Mechanism]] = {
     "mamba2": Mamba2,
     "gated_delta": GatedDelta,
     "bidirectional": Bidirectional,
+    "biased": Biased,
 }
 """Every mechanism, by the name that `config.attention` gives it. A new one adds its line here."""
 

@@ -14,7 +14,10 @@ from pathlib import Path
 import numpy as np
 
 FILE = Path(__file__).with_name("golden.json")
-LOGITS = {"deit_tiny_distilled_patch16_224": 224}
+LOGITS = {
+    "deit_tiny_distilled_patch16_224": 224,
+    "levit_128s": 64,
+}
 """Of each family one network, the smallest, and the side of its images."""
 
 

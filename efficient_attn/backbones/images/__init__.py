@@ -1,10 +1,10 @@
 """Light image models as published: a table of stages each, and the weights of others for them."""
 
-from efficient_attn.backbones.images import vision_transformer
+from efficient_attn.backbones.images import levit, resnet, vision_transformer
 from efficient_attn.backbones.images.variants import Variant
 from efficient_attn.backbones.images.weights import Report, load, save
 
 __all__ = ["VARIANTS", "Report", "Variant", "load", "save"]
 
-VARIANTS: dict[str, Variant] = {**vision_transformer.VARIANTS}
+VARIANTS: dict[str, Variant] = {**vision_transformer.VARIANTS, **levit.VARIANTS, **resnet.VARIANTS}
 """Every published network, by the name that `config.model.name` gives it."""
