@@ -16,13 +16,23 @@ from kernels.pallas_gpu.plan import (
 def place_of(plan: Plan, index):
     """Example, head and first column that a computing warpgroup of this CTA is for.
 
-    Where an odd head is left over, the last one is computed twice; see `_mine`.
+    Where an odd head is left over, the last one is computed twice; see `mine`.
     """
     b, h = lax.axis_index("batch"), lax.axis_index("head")
     if plan.tiles == 1:
         return b, h, index * WIDTH
     h = WORKERS * h + index
     return b, jnp.minimum(h, plan.heads - 1) if plan.heads % WORKERS else h, 0
+
+
+def mine(plan: Plan, index: int, *, shared: bool = False):
+    """Whether a computing warpgroup is the one that writes its results: a bool, or traced.
+
+    shared: of what both have that share a head.
+    """
+    if plan.tiles == 1:
+        return index == 0 or not shared
+    return plan.heads % WORKERS == 0 or WORKERS * lax.axis_index("head") + index < plan.heads
 
 
 def chunk_of(plan: Plan, step):
@@ -44,7 +54,8 @@ def feed(plan: Plan, r, interpret):
         if name in ("x", "y"):
             return ref.at[b, rows, group(ref, h)]
         if name in ("z", "own"):
-            return ref.at[b, rows, group(ref, h), pl.ds(column, WIDTH)]
+            columns = pl.ds(column, plan.loads[name][1][-1])
+            return ref.at[b, rows, group(ref, h), columns]
         if name == "segments":
             return ref.at[b, rows]
         one = ref.shape[:3] == (1, 1, 1)

@@ -8,20 +8,25 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels.pallas_gpu.favor import filled
+from kernels.pallas_gpu.launch import launch
+from kernels.pallas_gpu.pipeline import PARAMS
 from kernels.pallas_gpu.plan import CHUNK
-from kernels.pallas_gpu.stream import (
-    PARAMS,
-)
-from kernels.pallas_gpu.wgmma import (
-    matmul,
-    shared,
-)
+from kernels.pallas_gpu.wgmma import ROWS, constant, matmul, shared
+
+BLOCK = 128
+"""Features whose logits are held at a time."""
 
 
 def log_scale(x: jax.Array, weight: jax.Array, half: float, *, interpret: Any) -> jax.Array:
-    """max_r <x, w_r> - half |x|^2 of x [B, S, H, D], float32 [B, H, S]; weight is [R, D]."""
+    """max_r <x, w_r> - half |x|^2 of x [B, S, H, D], float32 [B, H, S]; weight is [R, D].
+
+    The weight is rounded to bfloat16: any number near the largest exponent serves as well.
+    """
+    square = half_square(x, half)
+    x, weight = filled(x), filled(weight).astype(jnp.bfloat16)
     batch, length, heads, depth = x.shape
-    rank, chunks = weight.shape[0], length // CHUNK
+    chunks, blocks = length // CHUNK, weight.shape[0] // BLOCK
     several = next(n for n in (8, 4, 2, 1) if chunks % n == 0)
 
     def body(x, weight, out, x_s, weight_s, out_s, come, ready):
@@ -37,11 +42,12 @@ def log_scale(x: jax.Array, weight: jax.Array, half: float, *, interpret: Any) -
             def _():
                 plgpu.barrier_wait(ready)
 
-            most = None
-            for first in range(0, rank, 128):
-                some = weight_s.at[pl.ds(first, min(128, rank - first))]
-                logits = matmul((CHUNK, some.shape[0]), (x_s, some.transpose((1, 0))))
-                most = logits.max(axis=1) if most is None else jnp.maximum(most, logits.max(axis=1))
+            def of_block(block, most):
+                logits = matmul((CHUNK, BLOCK), (x_s, weight_s.at[block].transpose((1, 0))))
+                return jnp.maximum(most, logits.max(axis=1))
+
+            none = constant(-jnp.inf, (CHUNK,), ROWS)
+            most = lax.fori_loop(0, blocks, of_block, none)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out_s[...] = most
             plgpu.commit_smem()
@@ -51,18 +57,18 @@ def log_scale(x: jax.Array, weight: jax.Array, half: float, *, interpret: Any) -
         lax.fori_loop(0, several, step, ())
         plgpu.wait_smem_to_gmem(0)
 
-    scratch = [shared((CHUNK, depth), jnp.bfloat16), shared((rank, depth), jnp.bfloat16)]
+    scratch = [shared((CHUNK, depth), jnp.bfloat16), shared((blocks, BLOCK, depth), jnp.bfloat16)]
     scratch += [plgpu.SMEM((CHUNK,), jnp.float32), plgpu.Barrier(), plgpu.Barrier()]
-    most = plgpu.kernel(
-        body,
+    most = launch(
+        body, x, weight.reshape(blocks, BLOCK, depth),
         out_type=jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
         grid=(chunks // several, heads, batch),
         grid_names=("chunks", "head", "batch"),
         scratch_types=scratch,
         compiler_params=PARAMS,
-        **({"interpret": interpret} if interpret else {}),
-    )(x, weight.astype(jnp.bfloat16))
-    return most - half_square(x, half)
+        interpret=interpret,
+    )  # fmt: skip
+    return most - square
 
 
 def half_square(x: jax.Array, half: float) -> jax.Array:

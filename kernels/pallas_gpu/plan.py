@@ -88,6 +88,26 @@ class Plan:
         return self.depth if self.summed == "y" else self.width
 
     @property
+    def n_rows(self) -> int:
+        """Numbers of a warpgroup's n."""
+        return self.depth if self.summed == "y" else WIDTH
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """A warpgroup's part of S."""
+        return self.depth, WIDTH
+
+    @property
+    def gradient(self) -> bool:
+        """Whether `enter` is a's, not b's; see `kernels.pallas_gpu.pipeline`."""
+        return False
+
+    @property
+    def entered(self) -> str:
+        """The name of the shared memory that holds it times `enter`."""
+        return "enter"
+
+    @property
     def loads(self) -> dict[str, tuple[int, tuple[int, ...], Any]]:
         """What a stage holds, by name: how many, of which shape and dtype."""
         role, bfloat16 = self.role, jnp.bfloat16
@@ -130,7 +150,7 @@ class Plan:
         role, bfloat16, f32 = self.role, jnp.bfloat16, jnp.float32
         own: dict[str, tuple[tuple[int, ...], Any]] = {}
         if role.out:
-            own["S"] = ((self.depth, WIDTH), bfloat16)
+            own["S"] = (self.shape, bfloat16)
             own["out"] = ((CHUNK, WIDTH), bfloat16)
         if "enter" in self.names:
             own["enter"] = ((CHUNK, WIDTH), bfloat16)
@@ -145,7 +165,6 @@ class Plan:
     @property
     def bytes(self) -> int:
         """Shared memory of a CTA; 8 kB are for barriers, alignment and what Mosaic asks for."""
-        size = lambda shape, dtype: math.prod(shape) * jnp.dtype(dtype).itemsize  # noqa: E731
         ring = sum(count * size(*what) for count, *what in self.loads.values())
         return self.stages * ring + WORKERS * sum(size(*o) for o in self.own.values()) + 8192
 
@@ -167,6 +186,11 @@ class Plan:
         made["full"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=self.stages)
         made["empty"] = plgpu.Barrier(num_arrivals=WORKERS, num_barriers=self.stages)
         return made
+
+
+def size(shape: tuple[int, ...], dtype) -> int:
+    """Bytes of an array."""
+    return math.prod(shape) * jnp.dtype(dtype).itemsize
 
 
 def plan_of(role: Role, width: int, x, y, heads: int, names, **known: bool) -> Plan:

@@ -9,6 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels.pallas_gpu.launch import launch
 from kernels.pallas_gpu.sweep import (
     HEIGHT,
     HIDDEN,
@@ -152,8 +153,8 @@ def resident_forward(q, k, v, *, scale: float, keys, interpret) -> tuple[jax.Arr
 
                 lax.fori_loop(jnp.maximum(last - stages, first), last, drain, ())
 
-    return plgpu.kernel(
-        kernel,
+    return launch(
+        kernel, q, k, v, *mask,
         out_type=types(q, v.dtype),
         grid=(-(-tiles // each), heads, batch),
         grid_names=("t", "h", "b"),
@@ -162,7 +163,7 @@ def resident_forward(q, k, v, *, scale: float, keys, interpret) -> tuple[jax.Arr
         compiler_params=plgpu.CompilerParams(approx_math=True),
         scratch_types=[scratch],
         interpret=interpret,
-    )(q, k, v, *mask)
+    )  # fmt: skip
 
 
 def _scratch(keys, stages: int, masks: int, interpret) -> dict:

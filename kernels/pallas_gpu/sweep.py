@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels.pallas_gpu.launch import launch
 from kernels.pallas_gpu.wgmma import COLUMNS, ROWS, shared, spare
 
 WARPGROUPS, HEIGHT = 2, 64
@@ -246,8 +247,8 @@ def run(sweep: Sweep, body: Callable, resident, streamed, *, out_type, out, oper
             plgpu.set_max_registers(REGISTERS["fetch"], action="decrease")
             _fetch(sweep, walk, scratch, resident, streamed, batch, head)
 
-    return plgpu.kernel(
-        kernel,
+    return launch(
+        kernel, *inputs,
         out_type=out_type,
         grid=(sweep.splits * each, resident[0].shape[2], resident[0].shape[0]),
         grid_names=("t", "h", "b"),
@@ -256,7 +257,7 @@ def run(sweep: Sweep, body: Callable, resident, streamed, *, out_type, out, oper
         compiler_params=plgpu.CompilerParams(approx_math=True),
         scratch_types=[scratch],
         interpret=sweep.interpret,
-    )(*inputs)
+    )  # fmt: skip
 
 
 def _loop(sweep: Sweep, ring, places, again, taken, row, start, stop, step: Callable, carry):
