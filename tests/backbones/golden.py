@@ -16,7 +16,11 @@ import numpy as np
 FILE = Path(__file__).with_name("golden.json")
 LOGITS = {
     "deit_tiny_distilled_patch16_224": 224,
+    "efficientformer_l1": 224,
     "levit_128s": 64,
+    "mobilenetv2_050": 64,
+    "mobilenetv3_small_050": 64,
+    "resnet50": 64,
 }
 """Of each family one network, the smallest, and the side of its images."""
 
@@ -50,7 +54,8 @@ def record(name: str) -> dict:
     line = {"parameters": sum(p.numel() for p in model.parameters())}
     if name in LOGITS:
         side = LOGITS[name]
-        model = timm.create_model(name, img_size=side) if "vit" in name else timm.create_model(name)
+        fixed = timm.get_pretrained_cfg(name).fixed_input_size
+        model = timm.create_model(name, **({"img_size": side} if fixed else {}))
         state = model.state_dict()
         for key, value in state.items():
             if value.is_floating_point():

@@ -1,10 +1,28 @@
 """Light image models as published: a table of stages each, and the weights of others for them."""
 
-from efficient_attn.backbones.images import levit, resnet, vision_transformer
+from efficient_attn.backbones.images import (
+    avit,
+    dynamicvit,
+    efficientformer,
+    evit,
+    levit,
+    mobilenet,
+    resnet,
+    vision_transformer,
+)
 from efficient_attn.backbones.images.variants import Variant
 from efficient_attn.backbones.images.weights import Report, load, save
 
 __all__ = ["VARIANTS", "Report", "Variant", "load", "save"]
 
-VARIANTS: dict[str, Variant] = {**vision_transformer.VARIANTS, **levit.VARIANTS, **resnet.VARIANTS}
+VARIANTS: dict[str, Variant] = {
+    **avit.VARIANTS,
+    **dynamicvit.VARIANTS,
+    **efficientformer.VARIANTS,
+    **evit.VARIANTS,
+    **vision_transformer.VARIANTS,
+    **levit.VARIANTS,
+    **mobilenet.VARIANTS,
+    **resnet.VARIANTS,
+}
 """Every published network, by the name that `config.model.name` gives it."""
