@@ -2,11 +2,13 @@
 
 from typing import Any, Literal
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from efficient_attn.layers.activations import ACTIVATIONS, Activation
 from efficient_attn.layers.norm import BatchNorm
+from kernels import depthwise_conv
 
 
 def conv2d(
@@ -19,23 +21,47 @@ def conv2d(
     use_bias: bool = True,
     dtype: Any,
     rngs: nnx.Rngs,
-) -> nnx.Conv:
-    """[B,H,W,`width`] -> [B,ceil(H / stride),ceil(W / stride),`out`]; `kernel` // 2 zeros around.
+) -> "nnx.Conv | DepthwiseConv":
+    """[B,H,W,`width`] -> [B,h,w,`out`], h = (H + 2 (K // 2) - K) // stride + 1 for K = `kernel`.
 
-    Weights are drawn from N(0, 2 / fan out) (He et al., arXiv 1502.01852), as light networks' are.
+    K // 2 zeros are around the image. Weights are drawn from N(0, 2 g / (K^2 `out`)), g = `groups`
+    (He et al., arXiv 1502.01852, by the fan out), as light networks' are.
     """
+    if groups == width == out > 1:
+        return DepthwiseConv(
+            width, kernel, stride=stride, use_bias=use_bias, dtype=dtype, rngs=rngs
+        )
     around = (kernel // 2, kernel // 2)
     return nnx.Conv(
         width, out, (kernel, kernel), strides=stride, padding=(around, around),
-        feature_group_count=groups, use_bias=use_bias, dtype=dtype, rngs=rngs,
-        kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        feature_group_count=groups, use_bias=use_bias, dtype=dtype, rngs=rngs, kernel_init=nnx.initializers.variance_scaling(2.0 * groups, "fan_out", "normal"),
     )  # fmt: skip
 
 
-class ConvNorm(nnx.Module):
-    """activation(norm(conv(x))), the convolution without a bias, see `conv2d` and `BatchNorm`.
+class DepthwiseConv(nnx.Module):
+    """Each channel by itself: `kernels.depthwise_conv`, and a bias where there is one."""
 
-    With norm="none" activation(conv(x)), the convolution with one.
+    def __init__(
+        self, width: int, kernel: int, *, stride: int, use_bias: bool, dtype: Any, rngs: nnx.Rngs
+    ):
+        init = nnx.initializers.normal(2**0.5 / kernel)
+        self.kernel = nnx.Param(init(rngs.params(), (kernel, kernel, 1, width)))
+        self.bias = nnx.Param(jnp.zeros(width)) if use_bias else None
+        self.stride, self.dtype = stride, dtype
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+        """In the compute dtype."""
+        x = x.astype(self.dtype)
+        out = depthwise_conv(x, self.kernel[...].astype(self.dtype), stride=self.stride)
+        return (
+            out if self.bias is None else out + self.bias[...].astype(out.dtype)[None, None, None]
+        )
+
+
+class ConvNorm(nnx.Module):
+    """activation(norm(conv(x))), see `conv2d` and `BatchNorm`; without a bias but with `use_bias`.
+
+    With norm="none" activation(conv(x)), with a bias.
     """
 
     def __init__(
@@ -47,6 +73,7 @@ class ConvNorm(nnx.Module):
         stride: int = 1,
         groups: int = 1,
         norm: Literal["batchnorm", "none"] = "batchnorm",
+        use_bias: bool = False,
         activation: Activation = "none",
         epsilon: float = 1e-5,
         dtype: Any,
@@ -54,7 +81,7 @@ class ConvNorm(nnx.Module):
     ):
         self.normed = norm == "batchnorm"
         self.conv = conv2d(
-            width, out, kernel, stride=stride, groups=groups, use_bias=not self.normed,
+            width, out, kernel, stride=stride, groups=groups, use_bias=use_bias or not self.normed,
             dtype=dtype, rngs=rngs,
         )  # fmt: skip
         if self.normed:

@@ -30,6 +30,7 @@ from efficient_attn.tools.pareto import draw
 from efficient_attn.tools.published import Published, agrees, published, survey
 from efficient_attn.tools.table import row
 from efficient_attn.train.flags import run
+from kernels.target import use
 
 HEADS = ("classifier", "student", "head", "norm")
 """What stands after the last stage, by the names of a network's modules."""
@@ -84,7 +85,8 @@ def profile(
 
     graph, state = nnx.split(nnx.eval_shape(make))
     images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-    jaxpr = jax.make_jaxpr(lambda state, x: nnx.merge(graph, state)(x))(state, images)
+    with use("gpu"):  # convolutions as such, attention by its plain path
+        jaxpr = jax.make_jaxpr(lambda state, x: nnx.merge(graph, state)(x))(state, images)
     adds, peaks = by_scope(jaxpr), peak_bytes(jaxpr)
     sizes: Counter[str] = Counter()
     for path, variable in nnx.to_flat_state(nnx.filter_state(state, nnx.Param)):
