@@ -13,7 +13,7 @@ from efficient_attn.layers.activations import Activation
 from efficient_attn.layers.conv2d import ConvNorm
 
 
-def in_eights(width: float) -> int:
+def in_eights(width: float | int) -> int:
     """The nearest multiple of 8, at least 8 and nine tenths of `width`, as light networks round."""
     nearest = max(8, int(width + 4) // 8 * 8)
     return nearest + 8 if nearest < 0.9 * width else nearest

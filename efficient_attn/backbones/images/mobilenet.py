@@ -30,7 +30,7 @@ class Stage:
 
     width: int
     stride: int
-    expand: tuple[float, ...]
+    expand: tuple[float | int, ...]
     kernel: int = 3
     activation: Activation = "relu6"
     squeeze: float = 0.0
