@@ -26,8 +26,8 @@ from kernels.target import refuse_division, target
 QUERIES, KEYS = 512, 512
 """The largest tile: products of fewer rows run on one core, and larger tiles compute more logits
 that a causal mask hides."""
-SHORTEST = 256
-"""Queries and keys from which on tiles are faster."""
+SHORTEST, LOGITS = 64, 256 * 256
+"""Queries, and keys, and logits of a head, from which on tiles are faster."""
 VECTOR = 16
 """Sides of tiles are multiples of it: the floats of a vector register."""
 
@@ -101,7 +101,8 @@ def worth_tiles(q, k, v, *, mask: Mask, scale, logit_cap=None, bias=None) -> boo
     at 1,024. jax would gather what several devices hold before it looped over their heads.
     """
     del v, mask, scale, logit_cap, bias
-    return min(q.shape[1], k.shape[1]) >= SHORTEST and refuse_division() is None
+    length, count = q.shape[1], k.shape[1]
+    return min(length, count) >= SHORTEST and length * count >= LOGITS and not refuse_division()
 
 
 def _even(length: int, largest: int) -> int:
