@@ -66,8 +66,8 @@ class Rule(NamedTuple):
     ("stack.blocks.(\\d+).mixer.query"). theirs: the module there, with the groups of `ours`
     ("blocks.\\1.attn.qkv"). part: (i, n) where ours is the i-th of n equal parts, along the
     output. channels: of the input of their convolution, where ours is a linear layer on its
-    flattened square windows; 0 where both are of one kind. lead: how many axes of length 1 their
-    array begins with beyond ours.
+    flattened square windows; 0 where both are of one kind; -1 for windows of 1 x 1, whatever their
+    channels. lead: how many axes of length 1 their array begins with beyond ours.
     """
 
     ours: str
@@ -122,6 +122,10 @@ class Backbone(nnx.Module):
     def __call__(self, inputs: Any, *, rngs: nnx.Rngs | None = None) -> Float[Array, "... classes"]:
         """Logits in float32. `rngs` supplies dropout; without it nothing is dropped."""
         raise NotImplementedError
+
+    def rules(self) -> tuple["Rule", ...]:
+        """`names`, and what depends on the model's depth besides."""
+        return self.names
 
     def heads(
         self, inputs: Any, *, rngs: nnx.Rngs | None = None

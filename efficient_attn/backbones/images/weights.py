@@ -76,14 +76,11 @@ def load(model: Backbone, path: str | Path, *, partial: bool = False) -> Report:
         UserError: no such file, or not one of safetensors; without `partial`, arrays that are
             missing, left over or of another shape.
     """
-    arrays, held = _read(Path(path)), dict(_arrays(model))
-    if any(name in arrays for name in held):
-        found = {name: arrays[name] for name in held if name in arrays}
-        used = set(found)
-    else:
-        known = places(model)
-        found = _to_ours(held, known, arrays)
-        used = {known[name].theirs for name in found}
+    arrays, held, known = _read(Path(path)), dict(_arrays(model)), places(model)
+    found, theirs = {n: arrays[n] for n in held if n in arrays}, _to_ours(held, known, arrays)
+    used = set(found)
+    if len(theirs) > len(found):  # both may call a layer "norm"
+        found, used = theirs, {known[name].theirs for name in theirs}
     wrong = {n: x.shape for n, x in found.items() if x.shape != held[n].shape}
     if wrong and not partial:
         name, shape = next(iter(wrong.items()))
@@ -118,7 +115,8 @@ def places(model: Backbone) -> dict[str, Place]:
 
     Works on a model of shapes alone (`nnx.eval_shape`).
     """
-    found = {name: _place(type(model).names, name) for name, _ in _arrays(model)}
+    rules = model.rules()
+    found = {name: _place(rules, name) for name, _ in _arrays(model)}
     return {name: place for name, place in found.items() if place is not None}
 
 
@@ -174,8 +172,9 @@ def _to_theirs(model: Backbone, held: Mapping[str, np.ndarray]) -> dict[str, np.
             )
         _, theirs, rule, kernel = known[name]
         if kernel and rule.channels:
-            side = math.isqrt(x.shape[0] // rule.channels)
-            x = x.reshape(side, side, rule.channels, -1)
+            channels = rule.channels if rule.channels > 0 else x.shape[0]
+            side = math.isqrt(x.shape[0] // channels)
+            x = x.reshape(side, side, channels, -1)
         if kernel:
             x = x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
         parts[theirs][rule.part[0]] = x.reshape((1,) * rule.lead + x.shape)
