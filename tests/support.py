@@ -20,6 +20,7 @@ from flax import nnx
 
 from efficient_attn import attention
 from efficient_attn.attention import Site, kernelised
+from efficient_attn.attention.base import nearly_square
 from kernels import Mask
 
 MECHANISMS = {
@@ -72,6 +73,13 @@ def site(**options: Any) -> Site:
     return Site(**{"width": WIDTH, "heads": HEADS, "seq": SEQ, "layer": 0} | options)
 
 
+def place(expression: str, length: int) -> dict[str, Any]:
+    """What a site must say for sequences of this length: of a picture, its rows and columns."""
+    if not choice(expression).mechanism.on_grids:
+        return {}
+    return {"seq": length, "grid": nearly_square(length)}
+
+
 class Holder(nnx.Module):
     """A mixer and what it shares with other layers, as a backbone holds them."""
 
@@ -88,7 +96,8 @@ class Holder(nnx.Module):
 
 def abstract(expression: str, **options: Any) -> Holder:
     """The mechanism with shapes for numbers."""
-    return nnx.eval_shape(lambda: Holder(expression, site(**options)))
+    where = place(expression, options.get("seq", SEQ)) | options
+    return nnx.eval_shape(lambda: Holder(expression, site(**where)))
 
 
 @functools.cache
@@ -103,7 +112,9 @@ def holder(expression: str, **options: Any) -> Holder:
         name = jax.tree_util.keystr(path)
         scale = leaf.shape[-2] ** -0.5 if "kernel" in name and leaf.ndim >= 2 else 0.1
         scale = 1.0 if "projection" in name else scale
-        return jnp.asarray(scale * random.standard_normal(leaf.shape), leaf.dtype)
+        drawn = scale * random.standard_normal(leaf.shape)
+        drawn = 0.5 + np.abs(drawn) if "'var'" in name else drawn  # of a norm over batches
+        return jnp.asarray(drawn, leaf.dtype)
 
     nnx.update(module, jax.tree_util.tree_map_with_path(fill, nnx.state(module)))
     return module
@@ -146,10 +157,14 @@ def run(
 ) -> Result:  # fmt: skip
     """Output and gradients (of <output, cotangent>), jitted once per set of shapes.
 
-    A single segment is no mask, and not given to what has no segments.
+    A single segment is no mask, and not given to what has no segments; nor are keys that are all
+    there, to what has no padding.
     """
     if segments is not None and not segments.any() and "segments" not in able(expression):
         segments = None
+    if keys is not None and keys.all() and "padding" not in able(expression):
+        keys = None
+    options |= place(expression, x.shape[1])
     with short_chunks():
         function, params = _compiled(expression, causal, **options)
         cotangent = draw(x.shape, seed=99) if cotangent is None else cotangent
@@ -208,6 +223,11 @@ def ragged_keys(length: int) -> np.ndarray:
     keys[2, : length // 5] = False
     keys[3] = False
     return keys
+
+
+def padded_keys(expression: str, length: int) -> np.ndarray:
+    """`ragged_keys` for what honours them, `everyone` for what has no padding."""
+    return ragged_keys(length) if "padding" in able(expression) else everyone(length)
 
 
 def ragged_segments(length: int) -> np.ndarray:

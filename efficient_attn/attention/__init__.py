@@ -34,16 +34,24 @@ from efficient_attn.attention.local import Local
 from efficient_attn.attention.longformer import Longformer
 from efficient_attn.attention.lsra import Lsra
 from efficient_attn.attention.mamba2 import Mamba2
-from efficient_attn.attention.multihead import MultiHead, make_mixer, mixer_cost
+from efficient_attn.attention.multihead import (
+    MultiHead,
+    make_mixer,
+    mixer_cost,
+    refuse_sequences,
+)
 from efficient_attn.attention.nystrom import Nystrom
 from efficient_attn.attention.performer import Performer
+from efficient_attn.attention.pool import Pool
 from efficient_attn.attention.reformer import Reformer
 from efficient_attn.attention.retention import Retention
 from efficient_attn.attention.sinkhorn import Sinkhorn
 from efficient_attn.attention.softmax import Softmax
 from efficient_attn.attention.sparse import Sparse
+from efficient_attn.attention.spatial_reduction import SpatialReduction
 from efficient_attn.attention.spec import parse, tile
 from efficient_attn.attention.synthesizer import Synthesizer
+from efficient_attn.attention.window import Window
 from efficient_attn.config import describe as describe_type
 from efficient_attn.errors import UserError, unknown
 
@@ -92,6 +100,9 @@ MIXERS: dict[str, type[Mechanism]] = {
     "mamba2": Mamba2,
     "gated_delta": GatedDelta,
     "bidirectional": Bidirectional,
+    "pool": Pool,
+    "window": Window,
+    "spatial_reduction": SpatialReduction,
     "biased": Biased,
 }
 """Every mechanism, by the name that `config.attention` gives it. A new one adds its line here."""
@@ -117,13 +128,14 @@ def build(
 
     Raises:
         UserError: an unknown need, a need that the mechanism does not support, options that do not
-        fit the site.
+        fit the site, a mixer of pictures where there is none.
     """
     if isinstance(choice, str):
         (choice,) = pattern(choice, 1)
     needs = frozenset(needs)
     for need in sorted(needs - set(CAPABILITIES)):
         raise unknown("capability", need, CAPABILITIES)
+    refuse_sequences(choice, site)
     require_able(choice, needs, what="this model")
     return make_mixer(choice, site, rngs=rngs, shared={} if shared is None else shared)
 

@@ -1,5 +1,6 @@
 """The contract of every attention mechanism: a core inside `MultiHead`, or a mixer of its own."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -64,6 +65,12 @@ class Site:
     def head_dim(self) -> int:
         """Width of one head, D."""
         return self.width // self.heads
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """`grid`, for a mixer of pictures: `make_mixer` has seen to it that there is one."""
+        assert self.grid is not None
+        return self.grid
 
 
 class Cost(NamedTuple):
@@ -287,6 +294,24 @@ def refuse_context(name: str, context: Any) -> None:
         raise ValueError(
             f"{name} has no cross-attention; use softmax there, or another that supports 'cross'"
         )
+
+
+def on_map(x: Float[Array, "B T ..."], site: Site) -> Float[Array, "B R C ..."]:
+    """x as the rows and columns of the site's picture.
+
+    Raises:
+        ValueError: another number of places than the mixer was built for.
+    """
+    rows, columns = site.sides
+    if x.shape[1] != rows * columns:
+        raise ValueError(f"{x.shape[1]} places, but the mixer was built for {rows} x {columns}")
+    return x.reshape(x.shape[0], rows, columns, *x.shape[2:])
+
+
+def nearly_square(length: int) -> tuple[int, int]:
+    """(rows, columns) of a picture of `length` places, as near to a square as there is one."""
+    rows = max(n for n in range(1, math.isqrt(length) + 1) if length % n == 0)
+    return rows, length // rows
 
 
 def scan_steps(step: Any, tokens: tuple[Array, ...], state: Any, *, keys: Bool[Array, "B T"]):

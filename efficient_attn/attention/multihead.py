@@ -96,15 +96,20 @@ def make_mixer(
     Raises:
         UserError: options that do not fit the site; a mixer of pictures where there is none.
     """
+    refuse_sequences(choice, site)
+    made = choice.mechanism(choice.config, site, rngs=rngs, shared=shared)  # type: ignore[call-arg]
+    if isinstance(made, Core):
+        return MultiHead(made, capabilities=choice.mechanism.capabilities(choice.config), rngs=rngs)
+    return made  # type: ignore[return-value]
+
+
+def refuse_sequences(choice: Choice, site: Site) -> None:
+    """Raise UserError for a mixer of pictures where there is none."""
     require(
         site.grid is not None or not choice.mechanism.on_grids,
         f"{choice} mixes the rows and columns of a picture, and the sequence of this model is "
         "none: use it in an image model, without a class token (model.pool='mean')",
     )
-    made = choice.mechanism(choice.config, site, rngs=rngs, shared=shared)  # type: ignore[call-arg]
-    if isinstance(made, Core):
-        return MultiHead(made, capabilities=choice.mechanism.capabilities(choice.config), rngs=rngs)
-    return made  # type: ignore[return-value]
 
 
 def mixer_cost(choice: Choice, site: Site, length: int) -> Cost:

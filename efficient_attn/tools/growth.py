@@ -23,6 +23,7 @@ from rich.progress import track
 
 from efficient_attn import attention
 from efficient_attn.attention import Site
+from efficient_attn.attention.base import nearly_square
 from efficient_attn.config import require
 from efficient_attn.tools.count import multiply_adds
 from efficient_attn.tools.table import between, read, row
@@ -52,8 +53,14 @@ EXPRESSIONS = (
     "mamba2",
     "gated_delta",
     "bidirectional(mixer=gla)",
+    "pool",
+    "window",
+    "spatial_reduction(reduction='pool')",
 )
-"""Every mechanism, with options that follow the length only where its paper says so."""
+"""Every mechanism, with options that follow the length only where its paper says so.
+
+What works on pictures alone has one of as many places, twice as wide as high or square.
+"""
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ def measure(expression: str, lengths: Sequence[int] = LENGTHS) -> Growth:
     causal = "causal" in choice.mechanism.capabilities(choice.config)
     claimed, counted, held, trained = [], [], [], []
     for length in lengths:
-        site = Site(width=WIDTH, heads=HEADS, seq=length)
+        site = _site(choice, length)
         forward, training, arrays = _functions(choice, site, causal)
         claimed.append(attention.cost(choice, site, length).multiply_adds)
         counted.append(multiply_adds(forward, *arrays))
@@ -94,11 +101,16 @@ def count(expression: str, lengths: Sequence[int] = LENGTHS) -> tuple[int, ...]:
     """The multiply-adds of `measure` alone, which need no compiler."""
     (choice,) = attention.pattern(expression, 1)
     causal = "causal" in choice.mechanism.capabilities(choice.config)
-    sites = [Site(width=WIDTH, heads=HEADS, seq=length) for length in lengths]
+    sites = [_site(choice, length) for length in lengths]
     return tuple(
         multiply_adds(forward, *arrays)
         for forward, _, arrays in (_functions(choice, site, causal) for site in sites)
     )
+
+
+def _site(choice, length: int) -> Site:
+    grid = nearly_square(length) if choice.mechanism.on_grids else None
+    return Site(width=WIDTH, heads=HEADS, seq=length, grid=grid)
 
 
 def _functions(choice, site: Site, causal: bool):

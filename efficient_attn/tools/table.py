@@ -41,7 +41,8 @@ def render() -> str:
 def render_backbones() -> str:
     """Which mechanism runs in which backbone, found by building a small one in the abstract.
 
-    A cell says yes, or what the mechanism lacks by its default options.
+    A cell says yes, or what the mechanism lacks by its default options; "not on sequences" stands
+    where it mixes pictures alone.
     """
     lines = [row(["mechanism", *SMALL]), row(["---", *[":-:"] * len(SMALL)])]
     for name in attention.MIXERS:
@@ -61,6 +62,8 @@ def _runs(expression: str, backbone: str) -> str:
     try:
         nnx.eval_shape(make)
     except UserError as refusal:
+        if "mixes the rows and columns of a picture" in str(refusal):
+            return "not on sequences"
         missing = re.search(r"does not support (.*), which this model needs", str(refusal))
         if missing is None:
             raise

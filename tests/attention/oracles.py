@@ -27,6 +27,7 @@ class Problem(NamedTuple):
     seq: int
     layer: int = 0
     positions: str = "none"
+    grid: tuple[int, int] | None = None
     shared: Any = None
 
     def seen(self) -> np.ndarray:

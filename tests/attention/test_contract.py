@@ -17,6 +17,8 @@ from tests.support import (
     everyone,
     holder,
     one_segment,
+    padded_keys,
+    place,
     run,
     those_with,
 )
@@ -153,7 +155,8 @@ def test_padding_of_the_context_is_not_seen(expression):
 def test_a_context_is_refused_where_there_is_no_cross_attention(expression):
     x = jnp.asarray(draw_x(expression, SHORT))
     with pytest.raises(ValueError, match="no cross-attention; use softmax"):
-        holder(expression)(x, x, mask=support.plain(expression))
+        made = holder(expression, **place(expression, SHORT))
+        made(x, x, mask=support.plain(expression))
 
 
 # nothing to see, and neighbours
@@ -168,7 +171,7 @@ def bias(numbers):
     return np.concatenate([part.get("bias", np.zeros(width)) for part in parts])
 
 
-@pytest.mark.parametrize("expression", EXPRESSIONS)
+@pytest.mark.parametrize("expression", those_with("padding"))
 def test_a_query_that_sees_nothing_gets_zero_and_no_nan(expression):
     """0 out of the core is the bias alone out of the projection that follows."""
     x, keys = draw_x(expression, LENGTH), support.ragged_keys(LENGTH)
@@ -191,7 +194,7 @@ def test_a_query_that_sees_nothing_gets_zero_and_no_nan(expression):
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
 def test_an_example_does_not_know_its_neighbours(expression):
-    x, keys = draw_x(expression, LENGTH), support.ragged_keys(LENGTH)
+    x, keys = draw_x(expression, LENGTH), padded_keys(expression, LENGTH)
     for mode in modes(expression):
         before = run(expression, x, keys=keys, **mode)
         for content in (1e3, draw_x(expression, LENGTH, seed=7)[1:]):
@@ -205,7 +208,7 @@ def test_an_example_does_not_know_its_neighbours(expression):
 @pytest.mark.parametrize("expression", EXPRESSIONS)
 def test_large_logits_and_repeated_tokens_stay_finite(expression):
     """Inputs of 100 make logits of 1e4 and more out of queries and keys of 8 channels."""
-    x, keys = draw_x(expression, LENGTH), support.ragged_keys(LENGTH)
+    x, keys = draw_x(expression, LENGTH), padded_keys(expression, LENGTH)
     for content in (100 * x, np.broadcast_to(x[:, :1], x.shape), np.zeros_like(x)):
         for mode in modes(expression):
             result = run(expression, np.asarray(content), keys=keys, **mode)
@@ -231,7 +234,8 @@ UNDECLARED = [
 @pytest.mark.parametrize(("expression", "capability"), UNDECLARED)
 def test_what_is_not_declared_is_refused_at_build(expression, capability):
     with pytest.raises(UserError, match=f"does not support.*{capability}") as refusal:
-        attention.build(expression, support.site(), needs={capability}, rngs=nnx.Rngs(0))
+        site = support.site(**place(expression, support.SEQ))
+        attention.build(expression, site, needs={capability}, rngs=nnx.Rngs(0))
     would_do = [
         name
         for name, cls in attention.MIXERS.items()
@@ -248,7 +252,8 @@ def test_a_mask_that_is_not_declared_is_refused_at_call(expression, capability):
     causal = capability == "causal" or "bidirectional" not in support.able(expression)
     mask = Mask(causal=causal, **jax.tree.map(jnp.asarray, WORDS[capability]))
     with pytest.raises(ValueError, match=f"cannot honour a mask with.*{capability}"):
-        holder(expression)(jnp.asarray(draw_x(expression, SHORT)), mask=mask)
+        made = holder(expression, **place(expression, SHORT))
+        made(jnp.asarray(draw_x(expression, SHORT)), mask=mask)
 
 
 @pytest.mark.parametrize("expression", sorted(set(EXPRESSIONS) - set(those_with("bidirectional"))))
@@ -265,7 +270,7 @@ def test_an_unknown_need_is_refused():
 @pytest.mark.parametrize("backend", ["pallas", "cudnn"])
 @pytest.mark.parametrize("expression", EXPRESSIONS)
 def test_a_backend_that_cannot_run_here_says_so(expression, backend):
-    made = holder(expression, backend=backend)
+    made = holder(expression, backend=backend, **place(expression, SHORT))
     with pytest.raises(NotImplementedError, match=f"(has no|with) backend '{backend}'"):
         jax.eval_shape(lambda x: made(x, mask=support.plain(expression)), draw_x(expression, SHORT))
 

@@ -89,7 +89,8 @@ def test_the_state_has_the_bytes_that_cost_says(expression):
 
 @pytest.mark.parametrize("expression", sorted(set(support.EXPRESSIONS) - set(those_with("decode"))))
 def test_what_does_not_decode_says_none(expression):
-    assert attention.cost(expression, support.site(), SEQ).state_bytes is None
+    site = support.site(**support.place(expression, SEQ))
+    assert attention.cost(expression, site, SEQ).state_bytes is None
     with pytest.raises(NotImplementedError):
         holder(expression).mixer.init_state(1, jnp.float32)
 

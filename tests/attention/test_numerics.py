@@ -33,15 +33,20 @@ def fits(expression: str, mask: str) -> bool:
     return asked <= able(expression)
 
 
+def widest(expression: str) -> str:
+    """The mask that hides the most of those that it honours."""
+    return next(mask for mask in ("all", "padding", "causal", "none") if fits(expression, mask))
+
+
 def cases():
     """All lengths and masks for a mechanism's first variant, the widest ones for the others."""
     for expression in EXPRESSIONS:
         windows = any(kind in expression for kind in ("mean", "max", "convolution"))
         for length in LENGTHS if expression in support.FIRSTS or windows else (7, 63):
             short = length != 63 or expression not in support.FIRSTS
-            masks = ["padding", "all"] if short else MASKS
+            masks = ["padding", "all"] if short and fits(expression, "padding") else MASKS
             if expression not in support.FIRSTS and length == 7:
-                masks = ["all" if fits(expression, "all") else "padding"]
+                masks = [widest(expression)]
             yield from ((expression, length, mask) for mask in masks if fits(expression, mask))
 
 
@@ -61,9 +66,10 @@ def oracle(expression, numbers, x, *, keys, segments, causal, context=None, posi
         x=x, context=context, causal=causal, positions=positions, heads=support.HEADS,
         seq=support.SEQ, keys=everyone(length) if keys is None else keys,
         segments=support.one_segment(length) if segments is None else segments,
+        grid=support.place(expression, length).get("grid"),
         shared=numbers.get("shared", {}),
     )  # fmt: skip
-    return reference_of(made.name)(numbers["mixer"], made.config, problem)
+    return reference_of(made.name)(numbers.get("mixer", {}), made.config, problem)
 
 
 def nudged(numbers, direction, size):
@@ -82,7 +88,8 @@ def towards(gradient: np.ndarray, seed: int) -> np.ndarray:
 
 
 def check(expression, x, *, context=None, positions="none", **mask):
-    numbers = support.weights(support.holder(expression, positions=positions))
+    where = support.place(expression, x.shape[1])
+    numbers = support.weights(support.holder(expression, positions=positions, **where))
     wide = {"x": x.astype(np.float64), "context": context}
     result = run(expression, x, context=context, positions=positions, **mask)
     expected = oracle(expression, numbers, **wide, positions=positions, **mask)
@@ -105,7 +112,7 @@ def check(expression, x, *, context=None, positions="none", **mask):
     )
     found = sum(np.sum(g.astype(np.float64) * d) for g, d in zip(grads, directions, strict=True))
     size = sum(np.linalg.norm(g) for g in grads)
-    assert abs(found - slope) < BACKWARD * size, (found, slope, size)
+    assert abs(found - slope) <= BACKWARD * size, (found, slope, size)
 
 
 @pytest.mark.parametrize(("expression", "length", "mask"), list(cases()))
@@ -129,14 +136,15 @@ POSITIONS = [(e, "rotary") for e in support.FIRSTS] + [
 
 @pytest.mark.parametrize(("expression", "positions"), POSITIONS)
 def test_positions_are_those_of_the_formula(expression, positions):
-    mask = mask_arrays("padding" if fits(expression, "padding") else "causal", 7)
+    masks = ("padding", "causal", "none")
+    mask = mask_arrays(next(mask for mask in masks if fits(expression, mask)), 7)
     check(expression, draw_x(expression, 7), positions=positions, **mask)
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
 def test_bfloat16_stays_near_float32(expression):
     x = jnp.asarray(draw_x(expression, 63), jnp.bfloat16)
-    mask = mask_arrays("all" if fits(expression, "all") else "padding", 63)
+    mask = mask_arrays(widest(expression), 63)
     wide = run(expression, np.asarray(x, np.float32), **mask)
     half = run(expression, x, dtype=jnp.bfloat16, **mask)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(half))

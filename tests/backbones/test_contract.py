@@ -167,6 +167,10 @@ def logits(made, inputs):
 @pytest.mark.parametrize(("name", "expression"), CASES)
 def test_it_learns_or_is_refused_in_a_sentence(name, expression):
     missing = lacks(name, expression)
+    if name != "vit" and any(c.mechanism.on_grids for c in attention.pattern(expression, 3)):
+        with pytest.raises(UserError, match="mixes the rows and columns of a picture.*model.pool"):
+            model(name, expression)
+        return
     if missing:
         with pytest.raises(UserError, match="does not support") as refused:
             model(name, expression)
