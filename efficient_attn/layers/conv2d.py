@@ -32,9 +32,10 @@ def conv2d(
             width, kernel, stride=stride, use_bias=use_bias, dtype=dtype, rngs=rngs
         )
     around = (kernel // 2, kernel // 2)
+    init = nnx.initializers.variance_scaling(2.0 * groups, "fan_out", "normal")
     return nnx.Conv(
         width, out, (kernel, kernel), strides=stride, padding=(around, around),
-        feature_group_count=groups, use_bias=use_bias, dtype=dtype, rngs=rngs, kernel_init=nnx.initializers.variance_scaling(2.0 * groups, "fan_out", "normal"),
+        feature_group_count=groups, use_bias=use_bias, dtype=dtype, rngs=rngs, kernel_init=init,
     )  # fmt: skip
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from efficient_attn.tools.latency import import_timm
+
 FILE = Path(__file__).with_name("golden.json")
 LOGITS = {
     "deit_tiny_distilled_patch16_224": 224,
@@ -46,9 +48,7 @@ def images(side: int) -> np.ndarray:
 
 def record(name: str) -> dict:
     """The line of `golden.json` for one of timm's networks."""
-    import timm
-    import torch
-
+    timm, torch = import_timm()
     with torch.device("meta"):
         model = timm.create_model(name)
     line = {"parameters": sum(p.numel() for p in model.parameters())}
@@ -68,13 +68,9 @@ def record(name: str) -> dict:
 
 
 if __name__ == "__main__":
-    torchvision = __import__("torch").library.Library("torchvision", "DEF")
-    for operator in ("nms", "qnms"):  # a PyTorch without torchvision's own library lacks them
-        torchvision.define(f"{operator}(Tensor dets, Tensor scores, float threshold) -> Tensor")
-    import timm
-
     from efficient_attn import backbones
 
+    timm, _ = import_timm()
     known = json.loads(FILE.read_text()) if FILE.exists() else {}
     for name in sys.argv[1:] or backbones.names():
         if timm.is_model(name):
