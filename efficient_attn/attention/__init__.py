@@ -44,7 +44,9 @@ from efficient_attn.attention.nystrom import Nystrom
 from efficient_attn.attention.performer import Performer
 from efficient_attn.attention.pool import Pool
 from efficient_attn.attention.reformer import Reformer
+from efficient_attn.attention.relu_linear import ReluLinear
 from efficient_attn.attention.retention import Retention
+from efficient_attn.attention.separable import Separable
 from efficient_attn.attention.sinkhorn import Sinkhorn
 from efficient_attn.attention.softmax import Softmax
 from efficient_attn.attention.sparse import Sparse
@@ -104,6 +106,8 @@ MIXERS: dict[str, type[Mechanism]] = {
     "window": Window,
     "spatial_reduction": SpatialReduction,
     "biased": Biased,
+    "separable": Separable,
+    "relu_linear": ReluLinear,
 }
 """Every mechanism, by the name that `config.attention` gives it. A new one adds its line here."""
 
