@@ -25,6 +25,9 @@ from efficient_attn.config import require
 from efficient_attn.tools.table import row
 from efficient_attn.train.flags import run
 
+DEFINED: list[Any] = []
+"""Operators' libraries: they live as long as they are held."""
+
 
 class Latency(NamedTuple):
     """Seconds of one batch; `theirs` is None where timm is not installed, or lacks the network."""
@@ -85,7 +88,7 @@ def import_timm() -> tuple[Any, Any]:
         library = torch.library.Library("torchvision", "DEF")
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float threshold) -> Tensor")
-        torch.torchvision_operators = library  # which lives as long as it is held
+        DEFINED.append(library)
     return importlib.import_module("timm"), torch
 
 
