@@ -50,12 +50,12 @@ def _linear(op: str, sizes: str, *, beside: bool = False) -> Search:
 
 
 def _window(dim: int) -> Search:
-    candidates = {"queries": (256, 1024), "edge": (128, 256, 512), "gradient": (256, 1024)}
+    candidates = {"queries": (256, 1024), "edge": (128, 256)}
     return Search((f"window_attention causal B1 T8192 H4 D{dim} W512 bfloat16",), candidates)
 
 
 def _resident(dim: int) -> Search:
-    candidates = {"queries": (512, 1024, 2048), "rows": (256, 512, 1024)}
+    candidates = {"queries": (512, 1024), "rows": (256, 512, 1024)}
     return Search((f"linformer_attention B1 T8192 H4 D{dim} R256 bfloat16",), candidates)
 
 

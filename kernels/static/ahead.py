@@ -22,6 +22,8 @@ from kernels.static.reports import gpu_figures, tpu_figures
 HERE = Path(__file__).parent
 DUMPS_ABORT = "AnalyzeBundles", "Static LLO profiling", "DumpStaticLloProfile"
 """libtpu's estimator aborts the process on some kernels that compile well, or never ends."""
+COUNTED = ("linear_attention", "gated_linear_attention", "favor_attention")
+"""Ops on whose gradients it never ends, or takes minutes: it is not asked."""
 PATIENCE = 75
 """Seconds of a processor for one case: a compiler takes some 30."""
 
@@ -139,6 +141,7 @@ def examine(
     trial: sizes in place of the table's. bundles: count them, instead of asking the estimator.
     """
     chip = CHIPS[name]
+    bundles |= run == "training" and case.op in COUNTED
     with tempfile.TemporaryDirectory(prefix="static.") as place:
         folder = Path(place)
         asked = {"case": dataclasses.asdict(case), "run": run, "trial": trial}

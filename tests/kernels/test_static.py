@@ -1,6 +1,8 @@
 """`kernels.static`: what it reads out of the compilers' words, and the compilers themselves."""
 
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -83,7 +85,7 @@ def test_an_estimate_counts_for_all_that_equal_it():
 
 
 def test_bundles_count_as_often_as_their_loops_turn():
-    """An empty bundle, which the listing shows outside of all loops, is in that of the one before."""
+    """An empty bundle is listed outside of all loops; it is in that of the bundle before it."""
     assert reports.read_bundles(BUNDLES) == {"issued": 2 + 66 * (5 + 2 * 8), "endless": 0}
 
 
@@ -177,6 +179,40 @@ def test_a_compiler_that_is_missing_is_said_with_the_remedy(monkeypatch, capsys)
     monkeypatch.setattr(ahead.importlib.util, "find_spec", lambda name: None)
     assert static.main(["--target", "v6e"]) == 2
     assert 'pip install "jax[tpu]' in capsys.readouterr().err
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What child processes are asked, and with which dump; the estimator aborts on windows."""
+    made = []
+
+    def run(order, env, **_):
+        folder, dump = Path(order[-1]), env.get("LIBTPU_INIT_ARGS", "")
+        estimate = "static_llo_profile" in dump
+        request = json.loads((folder / "request.json").read_text())
+        made.append((request["case"]["op"], request["run"], request["trial"], estimate))
+        if estimate and request["case"]["op"] == "window_attention":
+            return subprocess.CompletedProcess(order, -6, "", "LLO_CHECK AnalyzeBundles")
+        (folder / "report.json").write_text(json.dumps({"kernels": {}}))
+        return subprocess.CompletedProcess(order, 0, "", "")
+
+    monkeypatch.setattr(ahead.subprocess, "run", run)
+    return made
+
+
+def test_bundles_are_counted_where_the_estimator_gives_up(asked):
+    cases = {case.op: case for case in reversed(shapes.SHIPPED)}
+    trial = {"a": {"chunk": 1}}
+    for op in ("softmax_attention", "window_attention", "linear_attention"):
+        assert ahead.examine("v6e", cases[op], "training", trial=trial) == {"kernels": {}}
+    assert ahead.examine("v6e", cases["linear_attention"], "forward") == {"kernels": {}}
+    assert asked == [
+        ("softmax_attention", "training", trial, True),
+        ("window_attention", "training", trial, True),
+        ("window_attention", "training", trial, False),
+        ("linear_attention", "training", trial, False),
+        ("linear_attention", "forward", None, True),
+    ]
 
 
 @pytest.fixture
