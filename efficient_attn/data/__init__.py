@@ -14,7 +14,9 @@ from efficient_attn.data import (
     tfds_set,
     translation,
 )
+from efficient_attn.data.augment import Augmented
 from efficient_attn.data.base import (
+    Augment,
     Config,
     Dataset,
     Image,
@@ -26,7 +28,7 @@ from efficient_attn.data.base import (
     Source,
     Text,
 )
-from efficient_attn.errors import unknown
+from efficient_attn.errors import UserError, unknown
 
 DATASETS: dict[str, Callable[[Config], Dataset]] = {
     "digits": digits.load,
@@ -50,11 +52,25 @@ def load(config: Config) -> Dataset:
     """
     if config.name not in DATASETS:
         raise unknown("data set", config.name, DATASETS)
-    return DATASETS[config.name](config)
+    loaded, augment = DATASETS[config.name](config), config.augment
+    if augment == Augment():
+        return loaded
+    if loaded.info.kind != "image":
+        raise UserError(
+            "config.data.augment changes images, and this set gives "
+            f"{loaded.info.kind}; leave it out, or set data.image.layout='image'"
+        )
+    if augment.operations and config.name == "digits":
+        raise UserError("RandAugment works on 256 grey levels, digits has 17: set operations=0")
+    if not augment.changes:
+        return loaded
+    train = Augmented(loaded.splits["train"], loaded.info.shape, augment)
+    return Dataset(loaded.info, {**loaded.splits, "train": train})
 
 
 __all__ = [
     "DATASETS",
+    "Augment",
     "Config",
     "Dataset",
     "Image",

@@ -57,18 +57,76 @@ class Image:
     layout: "image" gives floats in [0, 1]; "pixels" gives one token per pixel, its grey value
         (0..255) + 1, row by row. The 1 keeps black apart from padding: Long Range Arena feeds the
         bare grey value and masks with `inputs > 0`, and so hides every black pixel.
-    size: height and width that images are resized to (bilinear); 0 keeps the set's own.
+    size: height and width that images are brought to (bilinear); 0 keeps the set's own.
+    fit: how: "stretch" both sides to it; "crop" the middle after the shorter side became
+        size / crop, as ImageNet is evaluated.
+    normalize: what is done to floats in [0, 1]: (x - mean) / std of each channel, with ImageNet's
+        or with 0.5 and 0.5 ("half"), as the weights of others expect it.
     memory_mb: a split of at most this many MB (one byte per value) is decoded once and kept; a
         larger one is decoded anew for each batch.
     """
 
     layout: Literal["image", "pixels"] = "image"
     size: int = 0
+    fit: Literal["stretch", "crop"] = "stretch"
+    crop: float = 0.875
+    normalize: Literal["none", "imagenet", "half"] = "none"
     memory_mb: int = 512
 
     def __post_init__(self):
+        require(0 < self.crop <= 1, f"crop must be in (0, 1], not {self.crop}")
         require(self.size >= 0, f"size must be 0 (the set's own) or positive, not {self.size}")
         require(self.memory_mb >= 0, f"memory_mb must not be negative, not {self.memory_mb}")
+
+
+@dataclass(frozen=True)
+class Augment:
+    """How training sees its images changed, anew each time one comes up; all off by default.
+
+    crop: least and largest share of the area of a random crop, such as (0.08, 1.0), of proportions
+        between 3 : 4 and 4 : 3, which is then resized; () is off. Of a set that is kept in memory
+        (`image.memory_mb`) the images are cut as they are there, brought to `image.size`.
+    flip: probability of a left-right flip.
+    operations, magnitude, deviation: RandAugment (1909.13719): how many operations are drawn for
+        an image, each applied with probability 1/2, and their strength out of 10, normal around
+        `magnitude`. DeiT's are 2, 9 and 0.5.
+    erase: probability that a rectangle of 2 to 33 % of the area becomes noise (1708.04896).
+    mixup, cutmix: of Beta(a, a), by which two images of a batch are mixed (1710.09412,
+        1905.04899); 0 is off, both on take turns at random.
+    repeats: how often an image comes in a row, each time augmented otherwise (1901.09335).
+    """
+
+    crop: tuple[float, ...] = ()
+    flip: float = 0.0
+    operations: int = 0
+    magnitude: float = 9.0
+    deviation: float = 0.5
+    erase: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    repeats: int = 1
+
+    def __post_init__(self):
+        at_least(self, 0, "operations", "deviation", "mixup", "cutmix")
+        at_least(self, 1, "repeats")
+        require(
+            self.crop == () or (len(self.crop) == 2 and 0 < self.crop[0] <= self.crop[1] <= 1),
+            f"crop must be () or (least, largest) in (0, 1], not {self.crop}",
+        )
+        require(0 <= self.magnitude <= 10, f"magnitude must be in [0, 10], not {self.magnitude}")
+        for name in ("flip", "erase"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"{name} must be in [0, 1], not {value}")
+
+    @property
+    def changes(self) -> bool:
+        """Whether single images are changed."""
+        return bool(self.crop or self.flip or self.operations or self.erase)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed, which the training step does."""
+        return bool(self.mixup or self.cutmix)
 
 
 @dataclass(frozen=True)
@@ -128,6 +186,7 @@ class Config:
     cache: str = ""
     text: Text = Text()
     image: Image = Image()
+    augment: Augment = Augment()
     listops: ListOps = ListOps()
     probes: Probes = Probes()
     pathfinder: Pathfinder = Pathfinder()
@@ -148,7 +207,7 @@ class Info:
 
     kind: what the inputs are, and what is told of them.
         A class of each example, label [B]:
-        "image"  float32 [B, H, W, C] in [0, 1]
+        "image"  float32 [B, H, W, C] in [0, 1], or normalised as `Image.normalize` says
         "tokens" int32 [B, T]
         "pair"   int32 [B, 2, T], two texts to be matched
         A token at each position, label [B, T]:

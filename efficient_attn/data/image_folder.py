@@ -44,7 +44,7 @@ def _from_idx(pairs: dict[str, tuple[Path, Path]], config: Config) -> Dataset:
                 f"{labels.shape}"
             )
         if size and pixels.shape[1:] != (size, size):
-            pixels = np.stack([images.resize(image, (size, size)) for image in pixels])
+            pixels = np.stack([images.fit(x, (size, size), config.image) for x in pixels])
         found[split] = Arrays(pixels[..., None], labels, images.finish(config.image))
     shapes = {source.inputs.shape[1:] for source in found.values()}
     if len(shapes) > 1:
@@ -68,9 +68,10 @@ def _from_classes(root: Path, config: Config) -> Dataset:
     found: dict[str, Arrays | Items] = {}
     for split, examples in files.items():
         items = Items(
-            partial(_read, examples, shape, faults),
+            partial(_read, examples, shape[2], faults),
             np.array([label for _, label in examples], np.int32),
             shape=shape,
+            fit=partial(images.fit, size=shape[:2], options=config.image),
             finish=images.finish(config.image),
         )
         found[split] = images.keep(items, config.image, text=f"reading {split} images")
@@ -115,11 +116,11 @@ def _survey(
 
 
 def _read(
-    examples: Examples, shape: tuple[int, int, int], faults: Faults, index: int
+    examples: Examples, channels: int, faults: Faults, index: int
 ) -> tuple[np.ndarray, int] | None:
     path, label = examples[index]
     try:
-        return images.decode(path, shape), label
+        return images.decode(path, channels), label
     except images.UNREADABLE as error:
         faults.add(path, f"is not an image that can be read ({error})")
         return None

@@ -6,13 +6,18 @@ from functools import partial
 import grain
 import numpy as np
 
+from efficient_attn.data.augment import Augmented
 from efficient_attn.data.base import Batch, Drawn, Source
 from efficient_attn.data.sources import Items
 from efficient_attn.errors import UserError
 
 
-def train_batches(source: Source, *, batch_size: int, seed: int) -> grain.DatasetIterator:
+def train_batches(
+    source: Source, *, batch_size: int, seed: int, repeats: int = 1
+) -> grain.DatasetIterator:
     """An endless iterator of batches; each epoch sees each example once, in an order of its own.
+
+    With `repeats` each comes so many times in a row.
 
     The order depends on `seed` alone. `get_state` and `set_state` give and take the position, and
     `grain.checkpoint` saves it through orbax. A batch may hold the end of one epoch and the start
@@ -23,13 +28,15 @@ def train_batches(source: Source, *, batch_size: int, seed: int) -> grain.Datase
     """
     check(source)
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
+    if repeats > 1:
+        order = _InARow(order, repeats)
     if isinstance(source, Drawn):
         draw = partial(_draw, source, seed)
         batches = order.map_with_index(_numbered).batch(batch_size).map(draw)
     else:
         batches = order.batch(batch_size).map(source.gather)
     # One thread prepares the next batch while the model computes; decoding files takes more.
-    threads = 4 if isinstance(source, Items) else 1
+    threads = 4 if isinstance(source, Items | Augmented) else 1
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     return iter(batches.to_iter_dataset(options))
 
@@ -42,6 +49,20 @@ def check(source: Source) -> None:
     """
     if len(source) == 0:
         raise UserError("the train split is empty: hold out less of it, or add data")
+
+
+class _InARow(grain.MapDataset):
+    """Each element of an endless data set so many times in a row."""
+
+    def __init__(self, parent: grain.MapDataset, times: int):
+        super().__init__(parent)
+        self.times = times
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def __getitem__(self, index):
+        return self._parent[index // self.times]
 
 
 def _numbered(number: int, index: int) -> tuple[int, int]:

@@ -38,6 +38,10 @@ class Arrays:
         inputs = self.finish(self.inputs[indices])
         return {"inputs": inputs, "label": self.labels[indices], "weight": weight}
 
+    def original(self, index: int) -> tuple[np.ndarray, int]:
+        """An example as it is kept, and its label."""
+        return self.inputs[index], int(self.labels[index])
+
     def take(self, indices: Indices) -> "Arrays":
         """These examples as a source of their own."""
         return Arrays(self.inputs[indices], self.labels[indices], self.finish)
@@ -46,8 +50,9 @@ class Arrays:
 class Items:
     """A set decoded on demand: each example anew whenever it is asked for.
 
-    read: number in the underlying set -> (array of `shape`, label), or None for an example to leave
-        out of account: it comes as zeros of weight 0.
+    read: number in the underlying set -> (array, label), or None for an example to leave out of
+        account: it comes as zeros of weight 0.
+    fit: what brings such an array to `shape`.
     labels: [N], used only to hold out equal parts of each class; all 0 where they are not known
         without reading.
     """
@@ -59,9 +64,11 @@ class Items:
         *,
         shape: tuple[int, ...],
         finish: Finish,
+        fit: Finish = lambda same: same,
         indices: Indices | None = None,
     ):
         self.read = read
+        self.fit = fit
         self.labels = labels
         self.shape = shape
         self.finish = finish
@@ -78,12 +85,20 @@ class Items:
         inputs = np.zeros((len(indices), *self.shape), np.uint8)
         label = np.zeros(len(indices), np.int32)
         weight = np.zeros(len(indices), np.float32)
-        for row, index in enumerate(self.indices[np.asarray(indices)]):
-            item = self.read(int(index))
+        for row, index in enumerate(np.asarray(indices)):
+            item = self._fitted(int(index))
             if item is not None:
                 inputs[row], label[row] = item
                 weight[row] = 1
         return {"inputs": self.finish(inputs), "label": label, "weight": weight}
+
+    def original(self, index: int) -> tuple[np.ndarray, int] | None:
+        """An example of its own size, and its label; None where it is left out of account."""
+        return self.read(int(self.indices[index]))
+
+    def _fitted(self, index: int) -> tuple[np.ndarray, int] | None:
+        found = self.original(index)
+        return found and (self.fit(found[0]), found[1])
 
     def take(self, indices: Indices) -> "Items":
         """These examples as a source of their own."""
@@ -92,6 +107,7 @@ class Items:
             self.labels[indices],
             shape=self.shape,
             finish=self.finish,
+            fit=self.fit,
             indices=self.indices[indices],
         )
 
@@ -101,7 +117,7 @@ class Items:
         labels = np.zeros(len(self), np.int32)
         kept = 0
         with ThreadPool(4) as pool:
-            done = pool.imap(self.read, self.indices.tolist(), chunksize=16)
+            done = pool.imap(self._fitted, range(len(self)), chunksize=16)
             for item in track(done, total=len(self), text=text):
                 if item is not None:
                     inputs[kept], labels[kept] = item

@@ -50,9 +50,10 @@ def load(config: Config) -> Dataset:
     found: dict[str, Arrays | Items] = {}
     for split, source in records.items():
         items = Items(
-            partial(_image, source, image, label, shape),
+            partial(_image, source, image, label),
             np.zeros(len(source), np.int32),
             shape=shape,
+            fit=partial(images.fit, size=shape[:2], options=config.image),
             finish=images.finish(config.image),
         )
         found[split] = images.keep(items, config.image, text=f"reading {split} images")
@@ -180,11 +181,6 @@ def _shape(feature: Any, config: Config) -> tuple[int, int, int]:
     return height, width, 1 if channels == 1 else 3
 
 
-def _image(
-    source: Sequence[Any], image: str, label: str, shape: tuple[int, int, int], number: int
-) -> tuple[np.ndarray, int]:
+def _image(source: Sequence[Any], image: str, label: str, number: int) -> tuple[np.ndarray, int]:
     example = source[number]
-    pixels = np.asarray(example[image])[..., :3]  # transparency is dropped
-    if pixels.shape[:2] != shape[:2]:
-        pixels = images.resize(pixels.squeeze(), shape[:2])
-    return pixels.reshape(shape), int(example[label])
+    return np.asarray(example[image])[..., :3], int(example[label])  # transparency is dropped

@@ -126,7 +126,8 @@ def test_images_stand_upright_as_the_camera_was_held(tmp_path, suffix, orientati
     PIL.Image.fromarray(pixels).save(path, exif=exif)
     height, width, _ = images.header(path)
     assert (height, width) == ((16, 8) if orientation == 6 else (8, 16))
-    white = images.decode(path, (height, width, 1))[..., 0] > 127
+    white = images.decode(path, 1)[..., 0] > 127
+    assert white.shape == (height, width)
     side = {1: white[:, :4], 3: white[:, -4:], 6: white[:4]}[orientation]
     assert side.all() and white.sum() == side.size
 
