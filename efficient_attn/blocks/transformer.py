@@ -86,10 +86,13 @@ class Shape:
 class GridShape(Shape):
     """A stack over pictures: nothing is padding and nobody looks ahead, so that norms over all
     positions ("groupnorm"), or over the batch (`mlp_norm`), are no leak.
+
+    runs: how many runs of neighbours the sequence has; mixers see each by itself.
     """
 
     norm_type: NormType = "layernorm"
     mlp_norm: Literal["none", "batchnorm"] = "none"
+    runs: int = 1
 
     def __post_init__(self):
         super().__post_init__()
@@ -129,6 +132,7 @@ class Block(nnx.Module):
     ):
         norm = {"epsilon": shape.norm_epsilon, "dtype": site.dtype, "rngs": rngs}
         self.shape = shape
+        self.runs = shape.runs if isinstance(shape, GridShape) else 1
         self.mixer = attention.build(choice, site, needs=needs, rngs=rngs, shared=shared)
         hidden = round(shape.mlp_ratio * shape.width)
         self.mlp = Mlp(
@@ -174,7 +178,10 @@ class Block(nnx.Module):
         """What the branch `name` adds to the stream, x [B,T,E] being what `read` gives."""
         y = self.normed(name, x)
         if name == "mixer":
+            batch, length = y.shape[:2]
+            y = y.reshape(batch * self.runs, length // self.runs, -1)
             y = self.mixer(y, mask=mask, positions=positions, rngs=rngs, shared=shared)
+            y = y.reshape(batch, length, -1)
         elif name == "cross":
             assert context is not None
             y = self.look(y, self.cross.init_cross(context), context_mask, shared)

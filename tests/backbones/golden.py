@@ -22,6 +22,8 @@ LOGITS = {
     "levit_128s": 64,
     "mobilenetv2_050": 64,
     "mobilenetv3_small_050": 64,
+    "mobilevit_xxs": 128,
+    "mobilevitv2_050": 128,
     "resnet50": 64,
 }
 """Of each family one network, the smallest, and the side of its images."""

@@ -7,6 +7,7 @@ from efficient_attn.backbones.images import (
     evit,
     levit,
     mobilenet,
+    mobilevit,
     resnet,
     vision_transformer,
 )
@@ -23,6 +24,7 @@ VARIANTS: dict[str, Variant] = {
     **vision_transformer.VARIANTS,
     **levit.VARIANTS,
     **mobilenet.VARIANTS,
+    **mobilevit.VARIANTS,
     **resnet.VARIANTS,
 }
 """Every published network, by the name that `config.model.name` gives it."""
