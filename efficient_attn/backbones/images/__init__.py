@@ -9,6 +9,7 @@ from efficient_attn.backbones.images import (
     mobilenet,
     mobilevit,
     resnet,
+    t2t_vit,
     vision_transformer,
 )
 from efficient_attn.backbones.images.variants import Variant
@@ -26,5 +27,6 @@ VARIANTS: dict[str, Variant] = {
     **mobilenet.VARIANTS,
     **mobilevit.VARIANTS,
     **resnet.VARIANTS,
+    **t2t_vit.VARIANTS,
 }
 """Every published network, by the name that `config.model.name` gives it."""
