@@ -46,7 +46,7 @@ class MultiHead(Mixer):
         if context is not None:
             return self.cross(x, self.init_cross(context), mask=mask, shared=shared)
         q, k, v = self.project(x, positions)
-        return self._attend(q, k, v, mask, shared)
+        return self.attend(q, k, v, mask, shared)
 
     def project(self, x, positions=None):
         """Queries [B,T,H,D], keys and values [B,T,G,D] of self-attention."""
@@ -63,9 +63,10 @@ class MultiHead(Mixer):
     def cross(self, x, memory, *, mask, shared):
         """Attend from x to those keys and values."""
         keys, values = memory
-        return self._attend(self._heads(self.query(x)), keys, values, mask, shared)
+        return self.attend(self._heads(self.query(x)), keys, values, mask, shared)
 
-    def _attend(self, q, k, v, mask, shared):
+    def attend(self, q, k, v, mask, shared):
+        """What `project` gave through the core and the last projection: [B,T,E]."""
         refuse_mask(type(self.core).__name__, mask, self.allowed)
         return self.out(_join(self.core(q, k, v, mask=mask, shared=shared)))
 
