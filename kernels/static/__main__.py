@@ -17,8 +17,8 @@ warpgroups. Cycles are the compiler's own static estimate, of one core, without 
 they rank variants of a kernel, and are no measurement. Where its estimator gives up, the cycles are
 those in which bundles are issued, counted off the listing, every branch as if it were taken: they
 compare with their like alone. "outside" is what XLA runs around the Pallas calls, "temporary" the
-bytes that the program holds beside its arguments and results. The bound is `shapes.traffic` over
-the chip's bandwidth.
+bytes that the program holds beside its arguments and results, which are [B,T,H*D]. The bound is
+`shapes.traffic` over the chip's bandwidth.
 """
 
 import argparse

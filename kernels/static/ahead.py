@@ -83,6 +83,9 @@ def environment(chip: Chip, folder: Path, *, bundles: bool) -> dict[str, str]:
 def compile_for(chip: Chip, case: Case, run: Pass) -> Any:
     """The case compiled by its Pallas path for a chip that is not here.
 
+    Arrays of heads come and go as [B,T,H*D], as projections write and read them: [B,T,H,D] in jax's
+    default layout would be copied first on a TPU.
+
     Raises:
         NotImplementedError: the op refuses the case.
     """
@@ -99,7 +102,7 @@ def compile_for(chip: Chip, case: Case, run: Pass) -> Any:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology)
     mesh = Mesh(np.array(topology.devices[:1]), ("x",))
     place = lambda x: jax.ShapeDtypeStruct(  # noqa: E731
-        x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec())
+        _flat(x.shape), x.dtype, sharding=NamedSharding(mesh, PartitionSpec())
     )
     with target.use(chip.family), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         avals = list(shapes.arguments(case).values())
@@ -107,9 +110,18 @@ def compile_for(chip: Chip, case: Case, run: Pass) -> Any:
         if run == "training":
             avals.append(jax.eval_shape(call, *avals))
             call = shapes.gradient(case, "pallas")
+
+        def program(*arrays):
+            made = call(*(x.reshape(a.shape) for x, a in zip(arrays, avals, strict=True)))
+            return jax.tree.map(lambda x: x.reshape(_flat(x.shape)), made)
+
         platform = "cuda" if chip.family == "hopper" else "tpu"
-        traced = jax.jit(call).trace(*map(place, avals))
+        traced = jax.jit(program).trace(*map(place, avals))
         return traced.lower(lowering_platforms=(platform,)).compile()
+
+
+def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:2], shape[2] * shape[3]) if len(shape) == 4 else shape
 
 
 def child(name: str, folder: Path) -> None:
