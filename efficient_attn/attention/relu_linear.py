@@ -9,11 +9,13 @@ from einops import rearrange
 from flax import nnx
 
 from efficient_attn.attention.base import Cost, Mixer, Site, on_map, refuse_context, refuse_mask
-from efficient_attn.attention.kernelised import CHUNK, Kernelised
 from efficient_attn.attention.multihead import linear
 from efficient_attn.config import require
 from efficient_attn.layers.conv2d import conv2d
-from kernels import Mask, linear_attention
+from kernels.dispatch import Path, run
+
+EPSILON = 1e-5
+"""Added to the normaliser, as in timm's network: a query without a feature of any key gets 0."""
 
 
 class ReluLinear(Mixer):
@@ -57,7 +59,7 @@ class ReluLinear(Mixer):
         width, dim, times = site.width, site.head_dim, 1 + len(config.scales)
         windows = sum(3 * width * (scale**2 + dim) for scale in config.scales)
         projections = 3 * width**2 + times * width**2
-        attend = 2 * Kernelised.tokens(length) * times * width * (dim + 1)
+        attend = 2 * length * times * width * (dim + 1)
         return Cost(length * (projections + windows) + attend, None)
 
     def __call__(self, x, context=None, *, mask, positions=None, rngs=None, shared):
@@ -67,11 +69,17 @@ class ReluLinear(Mixer):
         made = on_map(self.qkv(x), self.site)
         made = jnp.concatenate([made, *(windows(made) for windows in self.scales)], axis=-1)
         q, k, v = rearrange(made, "b r c (h n d) -> n b (r c) h d", n=3, d=self.site.head_dim)
-        out = linear_attention(
-            jax.nn.relu(q), jax.nn.relu(k), v,
-            mask=Mask(), chunk=CHUNK, backend=self.site.backend,
-        )  # fmt: skip
+        out = run("relu_linear", self.site.backend, {"xla": Path(_attend)}, (q, k, v), {})
         return self.out(rearrange(out, "b t h d -> b t (h d)"))
+
+
+def _attend(q, k, v):
+    """All [B,T,H,D]; in float32, the normaliser being one more column of values."""
+    dtype = v.dtype
+    q, k, v = (x.astype(jnp.float32) for x in (jax.nn.relu(q), jax.nn.relu(k), v))
+    v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+    sums = jnp.einsum("bthr,bhrd->bthd", q, jnp.einsum("bthr,bthd->bhrd", k, v))
+    return (sums[..., :-1] / (sums[..., -1:] + EPSILON)).astype(dtype)
 
 
 class Windows(nnx.Module):

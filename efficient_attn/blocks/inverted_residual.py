@@ -86,7 +86,7 @@ class InvertedResidual(nnx.Module):
 
 
 class FusedResidual(nnx.Module):
-    """x + project(expand(x)), where `expand` sees windows of all channels (arXiv 2104.00298, 3.2).
+    """x + project(spatial(x)), where `spatial` sees windows of all channels (arXiv 2104.00298, 3.2).
 
     last: side of the windows of `project`. As for `InvertedResidual` otherwise.
     """
@@ -104,7 +104,7 @@ class FusedResidual(nnx.Module):
         rngs: nnx.Rngs,
     ):
         conv = partial(ConvNorm, epsilon=inside.epsilon, dtype=dtype, rngs=rngs)
-        self.expand = conv(
+        self.spatial = conv(
             width, hidden, inside.kernel, stride=stride, norm=inside.norm,
             activation=inside.activation,
         )  # fmt: skip
@@ -115,7 +115,7 @@ class FusedResidual(nnx.Module):
         self, x: Float[Array, "B H W C"], *, rngs: nnx.Rngs | None
     ) -> Float[Array, "B h w F"]:
         """`rngs` says that this is training."""
-        return self.skip(x, self.project(self.expand(x, rngs=rngs), rngs=rngs), rngs=rngs)
+        return self.skip(x, self.project(self.spatial(x, rngs=rngs), rngs=rngs), rngs=rngs)
 
 
 class Skip(nnx.Module):

@@ -20,6 +20,7 @@ LOGITS = {
     "deit_tiny_distilled_patch16_224": 224,
     "efficientformer_l1": 224,
     "levit_128s": 64,
+    "efficientvit_b0": 64,
     "mobilenetv2_050": 64,
     "mobilenetv3_small_050": 64,
     "mobilevit_xxs": 128,
