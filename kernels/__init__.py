@@ -5,9 +5,11 @@ features, G the number of key-value heads, K the number of taps of a convolution
 """
 
 from kernels.block_attention import Blocks, Part, block_attention, join
+from kernels.decode_step import decode_step
+from kernels.depthwise_conv import depthwise_conv
 from kernels.favor_attention import causal_favor_attention, favor_attention, favor_features
-from kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
-from kernels.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
+from kernels.gated_delta_rule import gated_delta_rule
+from kernels.gated_linear_attention import gated_linear_attention
 from kernels.linear_attention import (
     LinearState,
     causal_linear_attention,
@@ -30,12 +32,12 @@ __all__ = [
     "block_attention",
     "causal_favor_attention",
     "causal_linear_attention",
+    "decode_step",
+    "depthwise_conv",
     "favor_attention",
     "favor_features",
     "gated_delta_rule",
-    "gated_delta_rule_step",
     "gated_linear_attention",
-    "gated_linear_attention_step",
     "join",
     "last_inputs",
     "linear_attention",

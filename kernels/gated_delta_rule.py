@@ -48,25 +48,6 @@ def gated_delta_rule(
     return run("gated_delta_rule", backend, {"xla": Path(_xla)}, (q, k, v, beta, log_decay), how)
 
 
-def gated_delta_rule_step(
-    q: Float[Array, "B 1 H R"],
-    k: Float[Array, "B 1 H R"],
-    v: Float[Array, "B 1 H Dv"],
-    beta: Float[Array, "B 1 H"],
-    log_decay: Float[Array, "B 1 H"] | None = None,
-    *,
-    state: Float[Array, "B H R Dv"],
-) -> tuple[Float[Array, "B 1 H Dv"], Float[Array, "B H R Dv"]]:
-    """One token: fade, correct what its key points to, read."""
-    queries, keys, values = (x[:, 0].astype(jnp.float32) for x in (q, k, v))
-    if log_decay is not None:
-        state = state * jnp.exp(log_decay[:, 0].astype(jnp.float32))[..., None, None]
-    error = values - jnp.einsum("bhr,bhrd->bhd", keys, state)
-    change = beta[:, 0, :, None].astype(jnp.float32) * error
-    state = state + keys[..., None] * change[..., None, :]
-    return jnp.einsum("bhr,bhrd->bhd", queries, state)[:, None].astype(v.dtype), state
-
-
 def _xla(q, k, v, beta, log_decay, *, mask: Mask, chunk: int, state):
     dtype = v.dtype
     log_decay = jnp.zeros_like(beta) if log_decay is None else log_decay

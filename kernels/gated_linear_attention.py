@@ -55,23 +55,6 @@ def gated_linear_attention(
     return run("gated_linear_attention", backend, paths, (q, k, v, log_decay), how)
 
 
-def gated_linear_attention_step(
-    q: Float[Array, "B 1 G R"],
-    k: Float[Array, "B 1 G R"],
-    v: Float[Array, "B 1 H Dv"],
-    log_decay: Float[Array, "B 1 H"] | Float[Array, "B 1 H R"],
-    *,
-    state: Float[Array, "B H R Dv"],
-) -> tuple[Float[Array, "B 1 H Dv"], Float[Array, "B H R Dv"]]:
-    """One token: fade, write, read."""
-    heads = v.shape[2] // q.shape[2]
-    q, k = (repeat(x[:, 0].astype(jnp.float32), "b g r -> b (g n) r", n=heads) for x in (q, k))
-    decay = jnp.exp(log_decay[:, 0].astype(jnp.float32))
-    decay = decay[..., None] if decay.ndim == 3 else decay[..., None, None]
-    state = state * decay + k[..., None] * v[:, 0, :, None].astype(jnp.float32)
-    return jnp.einsum("bhr,bhrd->bhd", q, state)[:, None].astype(v.dtype), state
-
-
 def chunk_length(length: int, chunk: int, *, per_channel: bool) -> int:
     """Tokens of a chunk: no more than there are, in whole blocks where channels have their own."""
     chunk = min(chunk, length)

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels.decode_step import decode_step
 from kernels.dispatch import Backend, Path, run
 from kernels.fused import linear as fused_linear
 from kernels.fused.passes import LEAST
@@ -34,9 +34,10 @@ FeatureMap = Callable[
 
 
 class LinearState(NamedTuple):
-    """All that the past leaves behind: sum_s exp(log_scale_s - top) k_s (v_s, 1)^T, and `top`."""
+    """All that the past leaves behind: sums of exp(log_scale_s - top) k_s v_s^T and k_s; `top`."""
 
-    memory: Float[Array, "B H R Dv+1"]
+    sums: Float[Array, "B H R Dv"]
+    normaliser: Float[Array, "B H R"]
     top: Float[Array, "B H"]
 
 
@@ -58,7 +59,8 @@ def linear_attention(
 
     By a scan over chunks: of up to `chunk` keys where the mask is causal or has segments, T (chunk
     (R + Dv) + 2 R Dv) multiply-adds a head with no prefix sum per position, twice that with
-    segments and no causal mask; else of up to 4 chunk, T 2 R Dv. Memory is linear in T. Sums are
+    segments and no causal mask; else of up to 4 chunk, all where R is at most D, T 2 R Dv. Memory
+    is linear in T. Sums are
     held in float32 (for their precision see `kernels.recurrence`); the result has v's dtype. A row
     whose normaliser is below `LEAST` (it sees no key, or shares no live feature with any) gives 0.
 
@@ -113,8 +115,9 @@ def causal_linear_attention(
 
 def linear_attention_init(batch: int, heads: int, features: int, dim: int) -> LinearState:
     """The state before the first token; `dim` is the dimension of the values."""
-    memory = jnp.zeros((batch, heads, features, dim + 1), jnp.float32)
-    return LinearState(memory, jnp.full((batch, heads), -jnp.inf, jnp.float32))
+    sums = jnp.zeros((batch, heads, features, dim), jnp.float32)
+    top = jnp.full((batch, heads), -jnp.inf, jnp.float32)
+    return LinearState(sums, jnp.zeros(sums.shape[:3], jnp.float32), top)
 
 
 def linear_attention_step(
@@ -124,17 +127,23 @@ def linear_attention_step(
     state: LinearState,
     *,
     log_scale: Float[Array, "B 1 G"] | None = None,
+    backend: Backend = "auto",
 ) -> tuple[Float[Array, "B 1 H Dv"], LinearState]:
-    """One token of causal linear attention, features given: update the state, read it out."""
-    tokens = _tokens(k, v, log_scale, Mask())
-    phi = _grouped(_given, q.shape[2])
-    q, (k, values, scale) = q.astype(jnp.float32), _keys(tokens, phi)
+    """One token of causal linear attention, features given: update the state, read it out.
+
+    A `decode_step` with the normaliser, R numbers a head, beside it; see there for the errors.
+    """
+    scale = jnp.zeros_like(k, shape=k.shape[:3]) if log_scale is None else log_scale
+    per = q.shape[2] // k.shape[2]
+    k, v, scale = (jnp.repeat(x, per, axis=2) for x in (k, v, scale.astype(jnp.float32)))
     new = jnp.maximum(state.top, scale[:, 0])
-    kept, entering = (jnp.exp(x - _finite(new)) for x in (state.top, scale[:, 0]))
-    memory = kept[..., None, None] * state.memory
-    memory += jnp.einsum("bhr,bhd->bhrd", k[:, 0] * entering[..., None], values[:, 0])
-    out = jnp.einsum("bthr,bhrd->bthd", q, memory)
-    return _divide(out).astype(v.dtype), LinearState(memory, new)
+    fading = state.top - _finite(new)
+    k = k.astype(jnp.float32) * jnp.exp(scale - _finite(new)[:, None])[..., None]
+    normaliser = jnp.exp(fading)[..., None] * state.normaliser + k[:, 0]
+    q = q.astype(jnp.float32)
+    q = _divide(q, jnp.sum(q * normaliser[:, None], axis=-1))
+    out, sums = decode_step(q, k, v, state=state.sums, log_decay=fading[:, None], backend=backend)
+    return out, LinearState(sums, normaliser, new)
 
 
 def even(length: int, chunk: int) -> int:
@@ -148,21 +157,23 @@ def _xla(q, k, v, *, features: FeatureMap | None, log_scale, mask: Mask, chunk: 
     if not mask.causal and mask.segments is None:
         return _two_sided(q, tokens, features, 4 * chunk).astype(v.dtype)
     scan = functools.partial(_scan, features=features, chunk=chunk)
-    (sums, top), _ = scan(q, tokens, mask.segments, strict=False)
+    (out, den, top), _ = scan(q, tokens, mask.segments, strict=False)
     if not mask.causal:
         backwards = jax.tree.map(_flip, (q, tokens, mask.segments))
-        later, top_later = map(_flip, scan(*backwards, strict=True)[0])
+        later, den_later, top_later = map(_flip, scan(*backwards, strict=True)[0])
         both = _finite(jnp.maximum(top, top_later))
-        sums = sums * jnp.exp(top - both)[..., None] + later * jnp.exp(top_later - both)[..., None]
-    return _divide(sums).astype(v.dtype)
+        before, after = jnp.exp(top - both), jnp.exp(top_later - both)
+        out = out * before[..., None] + later * after[..., None]
+        den = den * before + den_later * after
+    return _divide(out, den).astype(v.dtype)
 
 
 def _xla_causal(q, k, v, state, *, features: FeatureMap | None, log_scale, mask: Mask, chunk: int):
     features = _grouped(features or _given, q.shape[2])
     tokens = _tokens(k, v, log_scale, mask)
     how = {"features": features, "chunk": chunk, "strict": False}
-    (sums, _), state = _scan(q, tokens, mask.segments, state, **how)
-    return _divide(sums).astype(v.dtype), state
+    (out, den, _), state = _scan(q, tokens, mask.segments, state, **how)
+    return _divide(out, den).astype(v.dtype), state
 
 
 class _Tokens(NamedTuple):
@@ -170,13 +181,13 @@ class _Tokens(NamedTuple):
 
     k: Float[Array, "B S G D"]
     v: Float[Array, "B S G Dv"]
-    scale: Float[Array, "B S G"]
+    scale: Float[Array, "B S G"] | Float[Array, "B S 1"]
     seen: Bool[Array, "B S"]
     at: Int[Array, "B S"]
 
 
 def _tokens(k, v, log_scale, mask: Mask) -> _Tokens:
-    scale = jnp.zeros_like(k, shape=k.shape[:3]) if log_scale is None else log_scale
+    scale = jnp.zeros_like(k, shape=(*k.shape[:2], 1)) if log_scale is None else log_scale
     seen = jnp.ones(k.shape[:2], bool) if mask.keys is None else mask.keys
     return _Tokens(k, v, scale.astype(jnp.float32), seen, _positions(k))
 
@@ -201,17 +212,19 @@ def _grouped(features: FeatureMap, heads: int) -> FeatureMap:
 
 
 def _keys(tokens: _Tokens, features: FeatureMap):
-    """float32 features, values with a column of ones (which sums the weights), log scales."""
+    """float32 and heads first: features [B,H,C,R], values [B,H,C,Dv], log scales [B,H or 1,C]."""
     k, own = features(tokens.k, tokens.at)
-    scale, v = (
-        jnp.repeat(x, k.shape[2] // x.shape[2], axis=2)
-        for x in (tokens.scale, tokens.v.astype(jnp.float32))
-    )
+    each = lambda x: jnp.repeat(x, k.shape[2] // x.shape[2], axis=2)  # noqa: E731
+    scale = tokens.scale if tokens.scale.shape[2] == 1 else each(tokens.scale)
     scale = scale if own is None else scale + own
-    values = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
     seen = tokens.seen[:, :, None]
-    k, values = (jnp.where(seen[..., None], x, 0.0) for x in (k, values))
-    return k, values, jnp.where(seen, scale, -jnp.inf)
+    k, v = (jnp.where(seen[..., None], x, 0.0) for x in (k, each(tokens.v.astype(jnp.float32))))
+    return _turned(k), _turned(v), _turned(jnp.where(seen, scale, -jnp.inf))
+
+
+def _turned(x):
+    """Heads before positions, or back: products over a head's own rows need no copies then."""
+    return jnp.swapaxes(x, 1, 2)
 
 
 def _flip(x):
@@ -222,39 +235,46 @@ def _finite(top):
     return jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
 
 
-def _divide(sums):
-    """Weighted sums over the sum of the weights, 0 where that is below `LEAST`.
+def _divide(out, den):
+    """Weighted sums [..., Dv] over the sums of the weights [...], 0 where these are below `LEAST`.
 
     Taking the size of the normaliser out first keeps its inverse square, which the gradient has,
     inside float32's range.
     """
-    size = jax.lax.stop_gradient(jnp.abs(sums[..., -1:]))
+    den = den[..., None]
+    size = jax.lax.stop_gradient(jnp.abs(den))
     alive = ~(size <= LEAST)  # NaN stays NaN
-    sums = jnp.where(alive, sums, 0.0) / jnp.where(alive, size, 1.0)
-    return sums[..., :-1] / jnp.where(alive, sums[..., -1:], 1.0)
+    out, den = (jnp.where(alive, x, 0.0) / jnp.where(alive, size, 1.0) for x in (out, den))
+    return out / jnp.where(alive, den, 1.0)
 
 
 def _empty(q, tokens: _Tokens, features: FeatureMap) -> LinearState:
     """The state before the first token; "like" q, so that it is sharded as q is."""
     made = jax.eval_shape(features, tokens.k[:, :1], tokens.at[:, :1])[0]  # of all heads
-    shape = (q.shape[0], *made.shape[2:], tokens.v.shape[3] + 1)
+    shape = (q.shape[0], *made.shape[2:])
+    zeros = functools.partial(jnp.zeros_like, q, jnp.float32)
     top = jnp.full_like(q, -jnp.inf, jnp.float32, shape=shape[:2])
-    return LinearState(jnp.zeros_like(q, jnp.float32, shape=shape), top)
+    return LinearState(zeros(shape=(*shape, tokens.v.shape[3])), zeros(shape=shape), top)
 
 
 def _two_sided(q, tokens: _Tokens, features: FeatureMap, chunk: int):
-    """Every query reads all keys: sum these up, then read."""
+    """Every query reads all keys: sum these up, then read.
+
+    By chunks where there are more features than channels, else all at once.
+    """
 
     def absorb(state, tokens, reach):
         return _absorb(state, *_keys(tokens, features), reach), ()
 
     def read(_, tokens, reach):
-        return (), jnp.einsum("bthr,bhrd->bthd", features(*tokens)[0], state.memory)
+        return (), tuple(map(_turned, _read(_turned(features(*tokens)[0]), state)))
 
     state = _empty(q, tokens, features)
-    _, state = scan_chunks(absorb, state, tokens, None, chunk=even(tokens.k.shape[1], chunk))
-    sums, _ = scan_chunks(read, (), (q, _positions(q)), None, chunk=even(q.shape[1], chunk))
-    return _divide(sums)
+    many = state.sums.shape[2] > q.shape[3]
+    each = lambda x: even(x.shape[1], chunk) if many else x.shape[1]  # noqa: E731
+    _, state = scan_chunks(absorb, state, tokens, None, chunk=each(tokens.k))
+    sums, _ = scan_chunks(read, (), (q, _positions(q)), None, chunk=each(q))
+    return _divide(*sums)
 
 
 def _scan(
@@ -262,8 +282,8 @@ def _scan(
 ):
     """Sums over the keys before each query and, unless `strict`, over its own.
 
-    Returns (the sums [B, T, H, Dv+1], each taken out by exp(top), and those tops [B, T, H]), and
-    the last state.
+    Returns (the sums of values [B, T, H, Dv] and of weights [B, T, H], both over exp(top), and
+    those tops [B, T, H]), and the last state.
     """
     state = _empty(q, tokens, features) if state is None else state
     body = functools.partial(_chunk, features=features, strict=strict)
@@ -272,25 +292,32 @@ def _scan(
 
 def _chunk(state: LinearState, tokens, reach: Reach, *, features: FeatureMap, strict: bool):
     """One chunk: the next state, and what its queries read from the state and from each other."""
-    q, (k, values, scale) = features(tokens[0], tokens[1].at)[0], _keys(tokens[1], features)
+    q, (k, v, scale) = _turned(features(tokens[0], tokens[1].at)[0]), _keys(tokens[1], features)
     seen = jnp.tril(reach.within, -1) if strict else reach.within
-    within = jnp.where(seen[:, None], rearrange(scale, "b s h -> b h 1 s"), -jnp.inf)
+    within = jnp.where(seen[:, None], scale[:, :, None], -jnp.inf)
+    own = jax.lax.stop_gradient(jnp.max(within, axis=-1))
     past = jnp.where(reach.start[:, None], state.top[..., None], -jnp.inf)
-    row_top = jax.lax.stop_gradient(jnp.maximum(past, jnp.max(within, axis=-1)))
-    weights = jnp.einsum("bthr,bshr->bhts", q, k) * jnp.exp(within - _finite(row_top)[..., None])
-    fade = jnp.exp(past - _finite(row_top))
-    sums = jnp.einsum("bhts,bshd->bthd", weights, values)
-    sums += jnp.einsum("bthr,bhrd->bthd", q, state.memory) * rearrange(fade, "b h t -> b t h 1")
-    return _absorb(state, k, values, scale, reach), (sums, rearrange(row_top, "b h t -> b t h"))
+    top = jax.lax.stop_gradient(jnp.maximum(past, own))
+    weights = jnp.einsum("bhtr,bhsr->bhts", q, k) * jnp.exp(within - _finite(own)[..., None])
+    fresh, faded = (jnp.exp(x - _finite(top)) for x in (own, past))
+    out, den = _read(q, state)
+    out = out * faded[..., None] + jnp.einsum("bhts,bhsd->bhtd", weights, v) * fresh[..., None]
+    den = den * faded + jnp.sum(weights, axis=-1) * fresh
+    return _absorb(state, k, v, scale, reach), tuple(map(_turned, (out, den, top)))
 
 
-def _absorb(state: LinearState, k, values, scale, reach: Reach) -> LinearState:
+def _read(q, state: LinearState):
+    """Sums of values and of weights of the queries' features q [B,H,C,R] on a state."""
+    out = jnp.einsum("bhtr,bhrd->bhtd", q, state.sums)
+    return out, jnp.sum(q * state.normaliser[:, :, None], axis=-1)
+
+
+def _absorb(state: LinearState, k, v, scale, reach: Reach) -> LinearState:
     """The state after a chunk."""
-    scale = jnp.where(reach.end[..., None], scale, -jnp.inf)
+    scale = jnp.where(reach.end[:, None], scale, -jnp.inf)
     past = jnp.where(reach.keep[:, None], state.top, -jnp.inf)
-    new = jax.lax.stop_gradient(jnp.maximum(past, jnp.max(scale, axis=1)))
-    memory = state.memory * jnp.exp(past - _finite(new))[..., None, None]
-    memory += jnp.einsum(
-        "bshr,bshd->bhrd", k * jnp.exp(scale - _finite(new)[:, None])[..., None], values
-    )
-    return LinearState(memory, new)
+    new = jax.lax.stop_gradient(jnp.maximum(past, jnp.max(scale, axis=-1)))
+    kept = jnp.exp(past - _finite(new))[..., None]
+    k = k * jnp.exp(scale - _finite(new)[..., None])[..., None]
+    sums = state.sums * kept[..., None] + jnp.einsum("bhsr,bhsd->bhrd", k, v)
+    return LinearState(sums, state.normaliser * kept + jnp.sum(k, axis=2), new)

@@ -127,6 +127,18 @@ def gated_delta_rule(q, k, v, beta, log_decay=None, *, mask=None, initial_state=
     return _recurrence(update, q, (k, v, beta, decay), mask, initial_state)
 
 
+def decode_step(q, k, v, *, state, log_decay=None, beta=None):
+    """q, k [B,1,G,R], v [B,1,H,D], state [B,H,R,D] -> out, state; see `kernels.decode_step`."""
+    q, k = (jnp.repeat(x[:, 0], v.shape[2] // x.shape[2], axis=1) for x in (q, k))
+    change = v[:, 0]
+    if log_decay is not None:
+        state = jnp.exp(log_decay[:, 0]).reshape(*state.shape[:2], -1, 1) * state
+    if beta is not None:
+        change = beta[:, 0, :, None] * (change - jnp.einsum("bhr,bhrd->bhd", k, state))
+    state = state + k[..., None] * change[:, :, None]
+    return jnp.einsum("bhr,bhrd->bhd", q, state)[:, None], state
+
+
 def _recurrence(update, q, tokens, mask, state):
     """State after state: emptied where a segment begins, untouched by a token that is padding."""
     (batch, length), (k, v) = q.shape[:2], tokens[:2]

@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 Chip = Literal["tpu", "hopper", "gpu", "cpu"]
+NEEDED = (0, 11, 2)
+"""The first jax whose Pallas the kernels are written in."""
 
 
 class Target(NamedTuple):
@@ -47,6 +49,17 @@ def cores() -> int:
     chip, device = target().chip, jax.devices()[0]
     known = {"tpu": getattr(device, "num_cores", 1), "hopper": getattr(device, "core_count", 132)}
     return known.get(chip, 1)
+
+
+def refuse_kernels() -> str | None:
+    """Why no Pallas kernel runs where an op is called; None where they do."""
+    chip = target().chip
+    if chip not in ("tpu", "hopper"):
+        return f"there are kernels for TPUs and Hopper GPUs, not for this {chip}: use backend='xla'"
+    if tuple(int(x) for x in jax.__version__.split(".")[:3]) < NEEDED:
+        needed = ".".join(map(str, NEEDED))
+        return f"the kernels need jax {needed}, this is {jax.__version__}: use backend='xla'"
+    return refuse_division()
 
 
 def refuse_division() -> str | None:

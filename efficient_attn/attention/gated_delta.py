@@ -17,7 +17,7 @@ from efficient_attn.attention.recurrent import (
     tokens_run,
 )
 from efficient_attn.config import at_least
-from kernels import gated_delta_rule, gated_delta_rule_step
+from kernels import gated_delta_rule
 
 
 class GatedDelta(Projected):
@@ -30,7 +30,6 @@ class GatedDelta(Projected):
     """
 
     op = staticmethod(gated_delta_rule)
-    op_step = staticmethod(gated_delta_rule_step)
 
     @dataclass(frozen=True)
     class Config:

@@ -65,7 +65,9 @@ class Kernelised(Core):
         """See `kernels.linear_attention_step`."""
         q_features, _ = self.features(q, position[:, None])
         k_features, scale = self.features(k, position[:, None])
-        return linear_attention_step(q_features, k_features, v, state, log_scale=scale)
+        return linear_attention_step(
+            q_features, k_features, v, state, log_scale=scale, backend=self.site.backend
+        )
 
     def prefill(self, q, k, v, state, *, keys):
         """See `kernels.causal_linear_attention`."""

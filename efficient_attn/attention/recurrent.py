@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 from efficient_attn.attention.base import Mixer, Site, refuse_context, refuse_mask
 from efficient_attn.config import require
 from efficient_attn.layers.conv import ShortConv
-from kernels import Mask, gated_linear_attention, gated_linear_attention_step
+from kernels import Mask, decode_step, gated_linear_attention
 
 CHUNK = 64
 
@@ -36,7 +36,6 @@ class Recurrent(Mixer):
     label: ClassVar[str]
     supports = frozenset({"padding", "causal", "segments", "decode"})
     op = staticmethod(gated_linear_attention)
-    op_step = staticmethod(gated_linear_attention_step)
 
     def __init__(self, config: Any, site: Site, *, conv: ShortConv | None):
         self.config = config
@@ -83,7 +82,7 @@ class Recurrent(Mixer):
         if self.conv is not None:
             streams, inputs = self.conv.step(streams, state.inputs)
         given = self.given(streams, aside, position[:, None])
-        out, memory = self.op_step(**given, state=state.memory)
+        out, memory = decode_step(**given, state=state.memory, backend=self.site.backend)
         return self.leave(out, streams, aside, None), RecurrentState(memory, inputs)
 
     def prefill(self, x, state, *, keys):

@@ -36,7 +36,6 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from kernels.fused.passes import (
-    MODULES,
     Entry,
     How,
     Tokens,
@@ -47,7 +46,7 @@ from kernels.fused.passes import (
 )
 from kernels.fused.split import pieces
 from kernels.mask import Mask
-from kernels.target import refuse_division, target
+from kernels.target import refuse_kernels, target
 
 LEAST_LOG_DECAY = -30.0
 """What a decay is taken for at the least: 1e-13 of the state before it is left."""
@@ -132,10 +131,7 @@ def _features_shape(features: Callable, x):
 
 
 def _refuse(q, k, v, rank: int | None, mask: Mask) -> str | None:
-    chip = target().chip
-    if chip not in MODULES:
-        return f"there are kernels for TPUs and Hopper GPUs, not for this {chip}: use backend='xla'"
-    if reason := refuse_division():
+    if reason := refuse_kernels():
         return reason
     if mask.segments is not None and not mask.causal:
         return "the fused kernels take segments with a causal mask only: use backend='xla'"
@@ -144,7 +140,7 @@ def _refuse(q, k, v, rank: int | None, mask: Mask) -> str | None:
         counts = [x.shape[2] for x in (q, k, v)]
         return f"the fused kernels take heads that divide each other, not {counts}"
     q, k, v = (jax.ShapeDtypeStruct(x.shape, v.dtype) for x in (q, k, v))
-    return module_of(chip).refuse(q, k, v, rank=rank)
+    return module_of(target().chip).refuse(q, k, v, rank=rank)
 
 
 def _featured(q, k, features, log_scale):
@@ -176,10 +172,8 @@ def _linear(q, k, v, weight, half, log_scale, mask: Mask):
 
 def _causal(q, k, v, weight, half, log_scale, mask: Mask, state):
     tokens, how = _in_chunks(q, k, v, weight, half, log_scale, mask, scaled=True)
-    memory, top = (x.astype(jnp.float32) for x in state)
-    out, last = causal_pass(how, tokens, Entry(memory[..., :-1], memory[..., -1], top))
-    memory = jnp.concatenate([last.sums, last.normaliser[..., None]], axis=-1)
-    return out[:, : q.shape[1]], state._replace(memory=memory, top=last.top)
+    out, last = causal_pass(how, tokens, Entry(*(x.astype(jnp.float32) for x in state)))
+    return out[:, : q.shape[1]], type(state)(*last)
 
 
 def _chunk_length(length: int, rank: int, dim: int) -> int:

@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float
 
 from kernels.block_attention import Part
 from kernels.mask import Mask
-from kernels.target import refuse_division, target
+from kernels.target import refuse_kernels, target
 
 RESIDENT = 512
 """Up to this many keys, all of a head's are on chip at once: Linformer's rank."""
@@ -89,8 +89,7 @@ def window(
     del dilation, slopes
     causal, reach = _reach(q.shape[1], left, right, mask)
     how = {"causal": causal, "window": reach, "resident": False}
-    scale = q.shape[-1] ** -0.5
-    out, lse = _padded(q, k, v, mask=mask, scale=scale, tiles=tiles, **how)
+    out, lse = _padded(q, k, v, mask=mask, tiles=tiles, **how)
     return Part(out.astype(jnp.float32), jnp.swapaxes(lse, 1, 2))
 
 
@@ -104,8 +103,7 @@ def linformer(
 ) -> Float[Array, "B T H D"]:
     """`kernels.linformer_attention` where `refuse_linformer` does not object."""
     how = {"causal": False, "window": None, "resident": True}
-    scale = q.shape[-1] ** -0.5
-    return _padded(q, k, v, mask=Mask(keys=alive), scale=scale, tiles=tiles, **how)[0]
+    return _padded(q, k, v, mask=Mask(keys=alive), tiles=tiles, **how)[0]
 
 
 def refuse_softmax(q, k, v, *, mask: Mask, scale, logit_cap=None, bias=None) -> str | None:
@@ -152,22 +150,15 @@ def cudnn(
     scale: float,
     logit_cap: float | None = None,
     bias=None,
-    left: int | None = None,
 ) -> Float[Array, "B T H D"]:
-    """cuDNN's attention on NVIDIA, through jax: dense, causal, or `left` keys before each query.
-
-    It gives no log-sum-exp with a gradient, hence no `Part`.
-    """
+    """cuDNN's attention on NVIDIA, through jax, where `refuse_cudnn` does not object."""
     del logit_cap, bias
     return jax.nn.dot_product_attention(
-        q, k, v, scale=scale, is_causal=mask.causal, implementation="cudnn",
-        local_window_size=None if left is None else (left, 0),
-    )  # fmt: skip
+        q, k, v, scale=scale, is_causal=mask.causal, implementation="cudnn"
+    )
 
 
-def refuse_cudnn(
-    q, k, v, *, mask: Mask, scale, logit_cap=None, bias=None, left: int | None = None
-) -> str | None:
+def refuse_cudnn(q, k, v, *, mask: Mask, scale, logit_cap=None, bias=None) -> str | None:
     """Why `cudnn` does not take these arguments, and what to do; None if it does."""
     chip, interpret = target()
     dim, most = q.shape[-1], 256 if chip == "hopper" else 128
@@ -177,8 +168,6 @@ def refuse_cudnn(
         return "cuDNN's attention has no logit_cap and no slopes (ALiBi); take backend='xla'"
     if mask.keys is not None or mask.segments is not None:
         return "cuDNN takes no mask of padding or segments without T x S numbers; take another"
-    if left is not None and not mask.causal:
-        return "cuDNN's sliding window is causal: Mask(causal=True)"
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN takes bfloat16 or float16, not {q.dtype}, {k.dtype} and {v.dtype}"
     if dim % 8 or dim > most or v.shape[-1] != dim:
@@ -197,20 +186,14 @@ def _reach(length: int, left: int, right: int, mask: Mask) -> tuple[bool, Window
 
 
 def _refuse(q, k, v, *, mask: Mask, causal: bool, window: Window, resident: bool) -> str | None:
-    chip, _ = target()
-    version = tuple(int(x) for x in jax.__version__.split(".")[:2])
-    if chip not in MODULES:
-        return f"Pallas kernels run on TPU and NVIDIA Hopper, not on a {chip}; take backend='xla'"
-    if reason := refuse_division():
+    if reason := refuse_kernels():
         return reason
-    if version < (0, 11):
-        return f"the Pallas kernels need jax 0.11.2, this is {jax.__version__}"
     if not q.dtype == k.dtype == v.dtype:
         return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}: give them one dtype"
     if v.shape[-1] != q.shape[-1]:
         return f"values of {v.shape[-1]} channels, keys of {q.shape[-1]}: give as many, or 'xla'"
     how = {"causal": causal, "window": window, "resident": resident}
-    return _module(chip).refuse(q, k, v, segments=mask.segments, keys=mask.keys, **how)
+    return _module(target().chip).refuse(q, k, v, segments=mask.segments, keys=mask.keys, **how)
 
 
 def _module(chip: str):
@@ -218,11 +201,12 @@ def _module(chip: str):
 
 
 def _padded(
-    q, k, v, *, mask: Mask, scale: float, tiles: Tiles | None, causal: bool, window: Window,
-    resident: bool,
+    q, k, v, *, mask: Mask, scale: float | None = None, tiles: Tiles | None, causal: bool,
+    window: Window, resident: bool,
 ):  # fmt: skip
     """(out, lse) of the padded problem, cut to size. Keys that padding adds are hidden."""
     chip, interpret = target()
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     shape = {"causal": causal, "window": window}
     sizes: Tiles = tiles or _module(chip).tiles(q, k, resident=resident, **shape)
     queries, count = q.shape[1], k.shape[1]

@@ -88,8 +88,6 @@ def tiles(q, k, *, causal: bool, window: Window, resident: bool) -> Tiles:
 def refuse(q, k, v, *, causal, window, segments, keys, resident) -> str | None:
     """Why these kernels do not take the arguments, and what to do; None if they do."""
     del k, v, causal, window, segments, keys, resident
-    if tuple(int(x) for x in jax.__version__.split(".")[:3]) < (0, 11, 2):
-        return f"the Hopper kernels need jax 0.11.2, this is {jax.__version__}; take backend='xla'"
     if q.dtype != jnp.bfloat16:
         return (
             f"the Hopper softmax kernels multiply in bfloat16, the inputs are {q.dtype}; cast them "

@@ -122,7 +122,7 @@ def call(body, plan: Plan, ins, outs, *, interpret, scratch=None):
     def kernel(*refs):
         body(SimpleNamespace(**dict(zip(names, refs, strict=True))))
 
-    arrays = _alike([x.value for x in ins.values()])
+    arrays = alike([x.value for x in ins.values()])
     varies = jax.typeof(arrays[0]).manual_axis_type  # inside a shard_map
     results = pl.pallas_call(
         kernel,
@@ -139,7 +139,7 @@ def call(body, plan: Plan, ins, outs, *, interpret, scratch=None):
     return dict(zip(outs, results, strict=True))
 
 
-def _alike(arrays):
+def alike(arrays):
     """Arrays that vary over the same axes of a mesh, inside a shard_map."""
     own = [jax.typeof(x).manual_axis_type.varying for x in arrays]
     every = frozenset().union(*own)

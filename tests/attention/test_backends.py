@@ -47,3 +47,27 @@ def test_a_mechanism_on_a_simulated_tpu_is_what_it_is_in_xla(expression):
         found = outputs_and_gradient(expression, "pallas")
     for a, b in zip(found, expected, strict=True):
         assert support.relative(a, b) < 1e-4
+
+
+@pytest.mark.parametrize("expression", ["linear", "retention", "gla", "mamba2", "gated_delta"])
+def test_a_token_on_a_simulated_tpu_is_what_it_is_in_xla(expression):
+    from jax.experimental.pallas import tpu as pltpu
+
+    x = jnp.asarray(support.draw_x(expression, 2))
+
+    def run(backend):
+        made = support.holder(expression, backend=backend).mixer
+
+        def one(state, token):
+            out, state = made.step(token[0][:, None], state, position=token[1])
+            return state, out
+
+        at = jnp.broadcast_to(jnp.arange(2)[:, None], (2, len(x)))
+        start = made.init_state(len(x), x.dtype)
+        return jax.jit(lambda x: jax.lax.scan(one, start, (jnp.swapaxes(x, 0, 1), at)))(x)
+
+    expected = run("xla")
+    with target.use("tpu", interpret=pltpu.InterpretParams()):
+        found = run("pallas")
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert support.relative(a, b) < 1e-5

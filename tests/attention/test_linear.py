@@ -55,7 +55,7 @@ def test_there_are_as_many_features_as_the_cost_counts(kind):
     phi, _ = made.features(X, None)
     assert phi.shape[-1] == made.count(made.config, made.site)
     state = made.init_state(2, jnp.float32)
-    assert state.memory.shape == (2, 3, phi.shape[-1], 5)
+    assert state.sums.shape == (2, 3, phi.shape[-1], 4)
 
 
 def test_equal_keys_give_the_mean_of_the_values():

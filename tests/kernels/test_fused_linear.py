@@ -168,8 +168,8 @@ def test_a_sequence_cut_in_two_gives_what_it_gives_whole(cut):
         begun, state = part(slice(0, cut), empty, first)
         rest, end = part(slice(cut, 200), state)
         np.testing.assert_allclose(jnp.concatenate([begun, rest], 1), whole, rtol=1e-4, atol=1e-5)
-        size = float(jnp.max(jnp.abs(last.memory)))
-        np.testing.assert_allclose(end.memory, last.memory, rtol=1e-4, atol=1e-5 * size)
+        size = float(jnp.max(jnp.abs(last.sums)))
+        np.testing.assert_allclose(end.sums, last.sums, rtol=1e-4, atol=1e-5 * size)
         np.testing.assert_allclose(end.top, last.top)
 
 
@@ -190,7 +190,7 @@ def test_favor_goes_on_from_the_xla_paths_state_and_back(feature_map):
         pallas, xla = run("pallas"), run("xla")
         out, state = pallas(given, empty)
         expected, left = xla(given, empty)
-        held = [x.memory * jnp.exp(x.top)[..., None, None] for x in (state, left)]
+        held = [x.sums * jnp.exp(x.top)[..., None, None] for x in (state, left)]
         np.testing.assert_allclose(*held, rtol=1e-4, atol=1e-5 * float(jnp.abs(held[1]).max()))
         np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
         for first in (state, left):
@@ -208,7 +208,7 @@ def test_gradients_go_through_the_state_into_the_first_part():
         first, state = run(**at(given, slice(0, 60)), state=empty)
         rest, left = run(**at(given, slice(60, 140)), state=state)
         read = jnp.sum(jnp.sin(first)) + jnp.sum(jnp.sin(rest))
-        return read + jnp.sum(jnp.sin(left.memory / 1e3))
+        return read + jnp.sum(jnp.sin(left.sums / 1e3))
 
     got, expected = (
         quick(jax.grad(functools.partial(total, run=f)))(given) for f in (continued, by_xla)

@@ -9,6 +9,8 @@ from jax.sharding import PartitionSpec
 
 from kernels import LinearState, Mask, linear_attention_init
 from kernels.fused import linear as fused_linear
+from kernels.fused.passes import Projection
+from kernels.pallas_tpu import linear as kernels_on_tpu
 from tests.kernels.compare import arrays, mask_of
 from tests.kernels.fused_linear import (
     ALL,
@@ -79,6 +81,29 @@ def test_the_simulator_of_tpu_runs_heads_beside_each_other():
 @slow
 def test_the_simulator_of_tpu_runs_what_reads_all_keys():
     simulated(linear, jax.tree.map(jnp.asarray, features(140, batch=1)), ALL)
+
+
+def test_a_projection_between_bfloat16_numbers_is_not_rounded_to_them():
+    """Rows all as far above one as can be: rounded, features are 1 % off, and to the same side."""
+    rounded = np.asarray(jnp.asarray(rows(64, 32) * 32**-0.25, jnp.bfloat16), np.float64)
+    weight, half = rounded * (1 + 0.95 * 2.0**-9), 0.5 * 32**-0.5
+    given = arrays(k=(1, 128, 1, 32), v=(1, 128, 1, 32))
+    k, v = (jnp.asarray(x, jnp.bfloat16) for x in given.values())
+    none = jnp.zeros((1, 1, 128))
+    projection = Projection(jnp.asarray(weight, jnp.float32), half, none, none)
+    how = {"end": None, "projection": projection, "chunk": 128, "interpret": True}
+    total = kernels_on_tpu.sums(k, v, **how)[1]
+    zeros, ones = jnp.zeros((1, 1, 64, 32)), jnp.ones((1, 1, 64))
+    grad = kernels_on_tpu.sums_backward(k, v, zeros, ones, **how)[0]
+    top = kernels_on_tpu.log_scale(k, projection.weight, half, interpret=True)
+    x = np.asarray(k, np.float64)[0, :, 0]
+    logits = x @ weight.T - half * np.square(x).sum(-1, keepdims=True)
+    phi = np.exp(logits)
+    expected = phi @ weight - 2 * half * x * phi.sum(-1, keepdims=True)
+    longer = lambda a, b: np.vdot(np.asarray(a, np.float64), b) / np.vdot(b, b) - 1  # noqa: E731
+    assert abs(longer(total, phi.sum(0))) < 1e-3
+    assert abs(longer(grad, expected)) < 1.5e-3
+    assert np.abs(np.asarray(top).ravel() - logits.max(-1)).max() < 1e-3
 
 
 def loss(op):

@@ -108,7 +108,7 @@ def test_states_go_in_and_out_and_gradients_through_them(cut):
             part = {name: x[:, at] for name, x in given.items()}
             out, state = run(**part, state=state, mask=mask)
             read += jnp.sum(jnp.sin(out))
-        return read + jnp.sum(jnp.sin(state.memory)) + jnp.sum(state.top)
+        return read + jnp.sum(jnp.sin(state.sums)) + jnp.sum(state.top)
 
     got, expected = (
         quick(jax.value_and_grad(functools.partial(total, run=f)))(given)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import Mask, gated_delta_rule_step, gated_linear_attention, reference
+from kernels import Mask, decode_step, gated_linear_attention, reference
 from kernels import gated_delta_rule as op
 from kernels.gated_delta_rule import unit_lower_inverse
 from tests import support
@@ -130,14 +130,14 @@ def test_steps_equal_the_chunks():
 
     def step(state, token):
         token = {k: v[:, None] for k, v in token.items()}
-        out, state = gated_delta_rule_step(**token, state=state)
+        out, state = decode_step(**token, state=state)
         return state, out[:, 0]
 
     state, outs = jax.lax.scan(step, start, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), given))
     np.testing.assert_allclose(jnp.swapaxes(outs, 0, 1), whole, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(state, last, rtol=1e-5, atol=1e-5)
     token = {k: v[:, :1] for k, v in given.items() if k != "log_decay"}
-    out, _ = gated_delta_rule_step(**token, state=start)
+    out, _ = decode_step(**token, state=start)
     np.testing.assert_allclose(out, run(**token, initial_state=start)[0], atol=1e-5)
 
 

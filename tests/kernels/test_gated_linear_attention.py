@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import Mask, gated_linear_attention_step, linear_attention, reference
+from kernels import Mask, decode_step, linear_attention, reference
 from kernels import gated_linear_attention as op
 from tests import support
 from tests.kernels.compare import agree
@@ -110,7 +110,7 @@ def test_steps_equal_the_chunks(kind):
 
     def step(state, token):
         token = {k: v[:, None] for k, v in token.items()}
-        out, state = gated_linear_attention_step(**token, state=state)
+        out, state = decode_step(**token, state=state)
         return state, out[:, 0]
 
     state, outs = jax.lax.scan(step, start, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), given))

@@ -195,7 +195,7 @@ def test_a_first_key_of_no_weight_leaves_an_empty_state():
         one, one, one, linear_attention_init(1, 1, 2, 2), log_scale=nothing
     )
     np.testing.assert_array_equal(out, 0)
-    np.testing.assert_array_equal(state.memory, 0)
+    np.testing.assert_array_equal(state.sums, 0)
     out, _ = linear_attention_step(one, one, 3 * one, state)
     np.testing.assert_array_equal(out, 3)
 
@@ -228,7 +228,7 @@ def test_a_step_of_grouped_heads_is_one_of_repeated_heads():
     out, left = linear_attention_step(**given, state=state)
     expected, kept = linear_attention_step(given["q"], **repeated, state=state)
     np.testing.assert_array_equal(out, expected)
-    np.testing.assert_array_equal(left.memory, kept.memory)
+    np.testing.assert_array_equal(left.sums, kept.sums)
 
 
 def test_groups_that_do_not_divide_are_refused():

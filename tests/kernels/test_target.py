@@ -22,3 +22,12 @@ def test_an_error_inside_gives_the_target_back():
     with pytest.raises(RuntimeError), target.use("tpu"):
         raise RuntimeError
     assert target.target().chip == "cpu"
+
+
+def test_kernels_need_a_chip_and_a_jax_that_has_their_pallas(monkeypatch):
+    assert "not for this cpu" in target.refuse_kernels()
+    for version, reason in (("0.11.1", "need jax 0.11.2, this is 0.11.1"), ("0.11.2", None)):
+        monkeypatch.setattr(target.jax, "__version__", version)
+        with target.use("tpu"):
+            said = target.refuse_kernels()
+        assert said is None if reason is None else reason in said
