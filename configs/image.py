@@ -1,15 +1,19 @@
-"""Any image classification set of TFDS, or a folder of your own; grey pixels as Long Range Arena.
+r"""Any image classification set of TFDS, or a folder of your own; grey pixels as Long Range Arena.
 
     python train.py --config=configs/image.py:mnist --workdir=runs/mnist
     python train.py --config=configs/image.py:cifar10 --workdir=runs/cifar10
     python train.py --config=configs/image.py:PATH --workdir=runs/mine
     python train.py --config=configs/image.py:PATH,pixels --workdir=runs/pixels
+    python train.py --config=configs/image.py:cifar10,mobilevit_xs --workdir=runs/mobilevit \
+        --config.data.image.size=128
     python train.py --config=configs/image.py:cifar10,paper --workdir=runs/lra
     python train.py --config=configs/image.py:cifar10,released --workdir=runs/lra
 
 PATH is a folder that exists, or begins with "/", "." or "~"; it holds train/<class>/*, or MNIST's
 four IDX files. Anything else is a set of TFDS, such as emnist/letters. By default a vision
-transformer reads patches; with `,pixels` a small encoder reads one grey pixel after the other.
+transformer reads patches; with `,pixels` a small encoder reads one grey pixel after the other; with
+the name of a published network (`efficient_attn.backbones.names()`) that network does, with the
+attention that is its own unless `--config.attention` says otherwise.
 
 "paper" and "released" are Long Range Arena's Image task (arXiv 2011.04006, section 2.2.4), meant
 for cifar10: the model of the paper's appendix, or of the code's Transformer; 200 epochs of 45,000
@@ -66,8 +70,24 @@ SETTINGS = {
 }
 
 
+PUBLISHED = {
+    "attention": "native",
+    "data": {"batch_size": 128, "augment": {"crop": (0.5, 1.0), "flip": 0.5}},
+    "train": {"label_smoothing": 0.1},
+    "optimizer": {"weight_decay": 0.05},
+}
+
+
+def _published(setting: str) -> bool:
+    if setting in SETTINGS or not setting:
+        return False
+    from efficient_attn.backbones import VARIANTS  # and with it jax, for such settings alone
+
+    return setting in VARIANTS
+
+
 def get_config(argument: str = "mnist") -> ConfigDict:
-    """NAME or PATH, then a setting, "patches" by default."""
+    """NAME or PATH, then a setting or a published network, "patches" by default."""
     name, _, setting = argument.partition(",")
     folder = Path(name).is_dir() or name.startswith(("/", ".", "~"))
     config = base()
@@ -77,5 +97,9 @@ def get_config(argument: str = "mnist") -> ConfigDict:
     config.model = ConfigDict()
     config.train.update({"steps": 5000, "eval_every": 500})
     config.optimizer.update({"learning_rate": 1e-3, "warmup": 200})
-    settings.apply(config, setting or "patches", SETTINGS, where="configs/image.py")
+    if _published(setting):
+        config.update(PUBLISHED)
+        config.model.name = setting
+    else:
+        settings.apply(config, setting or "patches", SETTINGS, where="configs/image.py")
     return config

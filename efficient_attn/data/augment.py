@@ -29,6 +29,7 @@ TRIES = 10
 class Images(Protocol):
     """A source of images whose examples can be had as they are kept."""
 
+    fit: Finish
     finish: Finish
 
     def __len__(self) -> int: ...
@@ -84,10 +85,9 @@ class Augmented:
         options = self.options
         if options.crop:
             pixels = crop(pixels, options.crop, random)
-        if pixels.shape[:2] != self.shape[:2]:
-            fit = getattr(self.source, "fit", None)
-            stretched = options.crop or fit is None
-            pixels = resize(pixels, self.shape[:2]) if stretched else fit(pixels)
+            pixels = resize(pixels, (self.shape[0], self.shape[1]))
+        else:
+            pixels = self.source.fit(pixels)
         if random.random_sample() < options.flip:
             pixels = pixels[:, ::-1]
         if options.operations:
@@ -108,7 +108,7 @@ def _box(shape, area: Sequence[float], random: Random, proportions=PROPORTIONS):
     """(top, left, height, width), or None where `TRIES` gave none that fits."""
     low, high = (math.log(p) for p in proportions)
     for _ in range(TRIES):
-        size = random.uniform(*area) * shape[0] * shape[1]
+        size = random.uniform(area[0], area[1]) * shape[0] * shape[1]
         ratio = math.exp(random.uniform(low, high))
         height, width = round(math.sqrt(size / ratio)), round(math.sqrt(size * ratio))
         if 0 < height <= shape[0] and 0 < width <= shape[1]:

@@ -18,7 +18,7 @@ from efficient_attn.errors import UserError, unknown
 from efficient_attn.evals import bleu, report
 from efficient_attn.evals.predict import predict, summarize
 from efficient_attn.train.checkpoint import Checkpoints, Damaged
-from efficient_attn.train.config import Experiment, resolve
+from efficient_attn.train.config import Distill, Experiment, resolve
 from efficient_attn.train.program import Program, State, build
 from efficient_attn.train.task import Score, headline, score
 from efficient_attn.train.workdir import Workdir, read_json, write_json
@@ -100,6 +100,7 @@ def _open(
     if not workdir.config.exists():
         raise UserError(f"{workdir.path} holds no run: it has no config.json")
     experiment = resolve(read_json(workdir.config))
+    experiment = dataclasses.replace(experiment, distill=Distill())  # its teacher may be gone
     dataset = data.load(experiment.data)
     if split not in dataset.splits:
         raise unknown("split", split, dataset.splits)

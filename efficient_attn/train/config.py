@@ -59,6 +59,36 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True)
+class Distill:
+    """Learning from a teacher beside the labels: (1 - weight) * labels' part + weight * teacher's.
+
+    kind: of the teacher's part. "soft": temperature^2 * KL between both distributions at the
+        temperature (1503.02531); "hard": cross-entropy with the teacher's prediction (2012.12877);
+        "none" has no teacher. A student with a distillation token (pool="distilled", LeViT) learns
+        the labels by its first classifier and the teacher by its second, any other both by one.
+    teacher: the directory of a run, or the name of a published network; it sees the very images
+        that the student does, augmented and normalised as they are.
+    weights: safetensors file of a published network.
+    checkpoint: of a run: a step, "last", or "best".
+    """
+
+    kind: Literal["none", "soft", "hard"] = "none"
+    teacher: str = ""
+    weights: str = ""
+    checkpoint: str = "last"
+    temperature: float = 3.0
+    weight: float = 0.5
+
+    def __post_init__(self):
+        require(
+            self.kind == "none" or self.teacher != "",
+            f"kind={self.kind!r} needs a teacher: the directory of a run, or a published name",
+        )
+        require(self.temperature > 0, f"temperature must be positive, not {self.temperature}")
+        require(0 <= self.weight <= 1, f"weight must be in [0, 1], not {self.weight}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Optimizer:
     """The update: -learning rate * (direction of the optimizer + weight_decay * parameter).
 
@@ -98,9 +128,10 @@ class Experiment:
     """All that decides the result of a run, together with the code and the machine.
 
     seed: of the parameters, the order of the data and the dropout.
-    attention: an expression such as 'softmax' or 'performer(features=64)*2 + softmax'.
+    attention: an expression such as 'softmax' or 'performer(features=64)*2 + softmax'; "native" is
+        a published network's own.
     backend: of the kernels: auto, xla, pallas or cudnn.
-    model: "name" of the backbone and its options.
+    model: "name" of the backbone, or of a published network, and its options.
     """
 
     seed: int = 0
@@ -110,6 +141,7 @@ class Experiment:
     model: Mapping[str, Any] = dataclasses.field(default_factory=_default_model)
     train: Train = Train()
     optimizer: Optimizer = Optimizer()
+    distill: Distill = Distill()
 
     def __post_init__(self):
         at_least(self, 0, "seed")

@@ -136,6 +136,7 @@ def config_usage() -> str:
     lines.append("  --config.model.OPTION=...: of the backbone config.model.name, see --help-model")
     parts = {"config": default, "config.train": default.train}
     parts |= {"config.optimizer": default.optimizer, "config.data": default.data}
+    parts |= {"config.distill": default.distill}
     sections = {f.name: getattr(default.data, f.name) for f in dataclasses.fields(default.data)}
     parts |= {
         f"config.data.{name}": section

@@ -18,6 +18,7 @@ from efficient_attn.data.loader import train_batches
 from efficient_attn.errors import UserError
 from efficient_attn.evals.predict import evaluate
 from efficient_attn.train import optimizers
+from efficient_attn.train import teacher as teachers
 from efficient_attn.train.checkpoint import Checkpoints, full_disk_is_told
 from efficient_attn.train.config import Experiment, to_dict
 from efficient_attn.train.curves import draw
@@ -52,7 +53,7 @@ def train(
         console.print(f"this run is finished: {workdir.result}", markup=False)
         return read_json(workdir.result)
     dataset = data.load(experiment.data)
-    program = build(experiment, dataset)
+    program = build(experiment, dataset, teacher=teachers.load(experiment, dataset.info))
     with full_disk_is_told(workdir.path), workdir.hold():
         moved = workdir.start(to_dict(experiment), replace=replace)
         if moved:
@@ -83,6 +84,7 @@ class Loop:
             dataset.splits["train"],
             batch_size=experiment.data.batch_size,
             seed=experiment.seed,
+            repeats=experiment.data.augment.repeats,
         )
         self.score = score(dataset.info)
         self.checkpoints = Checkpoints(

@@ -2,8 +2,9 @@
 
 The model is taken apart once. The state is a plain pytree of arrays:
 
-    params, rest   the model: what is trained, and what is carried along (`attention.Buffer`)
-    opt, ema       optimizer state; moving average of params, {} when off
+    params, rest   the model: what is trained, and what is carried along (`attention.Buffer`, the
+                   running statistics of batch norm)
+    opt, ema       optimizer state; moving average of params and running statistics, {} when off
     step           updates made
     first_bad      number of the step whose loss or gradient was not finite, -1 until then
     tally          sums of the metrics since the last log line
@@ -24,11 +25,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from efficient_attn import attention, backbones
-from efficient_attn.data import Dataset, Source
+from efficient_attn.data import Dataset, Info, Source
 from efficient_attn.data.loader import check
 from efficient_attn.errors import UserError
 from efficient_attn.train import optimizers, sharding
 from efficient_attn.train.config import Experiment
+from efficient_attn.train.objective import Teacher, make_gradient, take_apart
 from efficient_attn.train.task import CrossEntropy
 
 State = dict[str, Any]
@@ -43,6 +45,7 @@ class Program:
     abstract: the state as shapes, types and shardings.
     init: () -> state
     step: (state, batch) -> (state, metrics); metrics are means since the last log line
+    trace: the step's arguments -> None; the first step of such shapes then has no more to trace
     predict: (state, batch) -> {"loss", "accuracy", "prediction", "probability"}, each of the
         label's shape
     diagnose: (state, batch) -> {name: number}
@@ -53,6 +56,7 @@ class Program:
     abstract: State
     init: Callable[[], State]
     step: Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
+    trace: Callable[[State, Batch], Any]
     predict: Callable[[State, Batch], dict[str, jax.Array]]
     diagnose: Callable[[State, Batch], dict[str, float]]
     evaluated: Callable[[State], Any]
@@ -75,15 +79,31 @@ def complete(experiment: Experiment) -> Experiment:
     return dataclasses.replace(experiment, model=model)
 
 
-def build(experiment: Experiment, dataset: Dataset, *, devices: int | None = None) -> Program:
+def build(
+    experiment: Experiment,
+    dataset: Dataset,
+    *,
+    devices: int | None = None,
+    teacher: Teacher | None = None,
+) -> Program:
     """The program of an experiment on the first `devices` local devices, all by default.
+
+    teacher: whom `experiment.distill` names (`teacher.load`).
 
     Raises:
         UserError: whatever the backbone, the mechanism or its backend refuses; a batch that cannot
             be split; no examples to train on.
     """
+    create = creator(experiment, dataset.info)
+    program = compile_for(create, experiment, devices=devices, teacher=teacher)
+    _try_out(program, experiment, dataset.splits["train"])
+    return program
+
+
+def creator(experiment: Experiment, info: Info) -> Create:
+    """What makes the model of an experiment, given what there is to know of its data."""
     options = dict(experiment.model)
-    name, info = options.pop("name"), dataset.info
+    name = options.pop("name")
     source = backbones.Input(
         kind=info.kind, shape=info.shape, classes=info.classes, vocab=info.vocab
     )
@@ -99,9 +119,7 @@ def build(experiment: Experiment, dataset: Dataset, *, devices: int | None = Non
             rngs=rngs,
         )
 
-    program = compile_for(create, experiment, devices=devices)
-    _try_out(program, experiment, dataset.splits["train"])
-    return program
+    return create
 
 
 def _try_out(program: Program, experiment: Experiment, source: Source) -> None:
@@ -112,12 +130,18 @@ def _try_out(program: Program, experiment: Experiment, source: Source) -> None:
         source.gather([0]),
     )
     try:
-        program.step.trace(program.abstract, batch)  # type: ignore[attr-defined]
+        program.trace(program.abstract, batch)
     except NotImplementedError as error:
         raise UserError(f"config.backend={experiment.backend!r}: {error}") from error
 
 
-def compile_for(create: Create, experiment: Experiment, *, devices: int | None = None) -> Program:
+def compile_for(
+    create: Create,
+    experiment: Experiment,
+    *,
+    devices: int | None = None,
+    teacher: Teacher | None = None,
+) -> Program:
     """`build` for any model: `create(rngs)` makes it, `model(inputs, rngs=...)` gives logits."""
     train, mesh = experiment.train, sharding.make_mesh(devices)
     batch = {"mesh": mesh, "accumulate": train.accumulate, "where": "data.batch_size"}
@@ -130,12 +154,13 @@ def compile_for(create: Create, experiment: Experiment, *, devices: int | None =
 
     def init() -> State:
         model = create(nnx.Rngs(params=jax.random.key(experiment.seed)))
-        params, rest = _take_apart(model)
+        params, rest = take_apart(model)
+        averaged = nnx.to_pure_dict(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat)))
         return {
             "params": params,
             "rest": rest,
             "opt": optimizer.init(params),
-            "ema": jax.tree.map(jnp.copy, params) if train.ema else {},
+            "ema": jax.tree.map(jnp.copy, averaged) if train.ema else {},
             "step": jnp.int32(0),
             "first_bad": jnp.int32(-1),
             "tally": {"loss": jnp.float32(0), "accuracy": jnp.float32(0), "steps": jnp.int32(0)},
@@ -149,6 +174,13 @@ def compile_for(create: Create, experiment: Experiment, *, devices: int | None =
         layout,
     )
     rows, whole = sharding.over_batch(mesh), jax.sharding.NamedSharding(mesh, jax.P())
+    known = jax.device_put(teacher.arrays, whole) if teacher else {}
+    step = jax.jit(
+        _make_step(graphdef, optimizer, experiment, teacher and teacher.graphdef),
+        in_shardings=(layout, rows, whole),
+        out_shardings=(layout, whole),
+        donate_argnums=0,
+    )
     return Program(
         mesh=mesh,
         abstract=abstract,
@@ -156,44 +188,38 @@ def compile_for(create: Create, experiment: Experiment, *, devices: int | None =
         init=jax.jit(
             init, out_shardings=layout, compiler_options={"xla_backend_optimization_level": 0}
         ),
-        step=jax.jit(
-            _make_step(graphdef, optimizer, experiment),
-            in_shardings=(layout, rows),
-            out_shardings=(layout, whole),
-            donate_argnums=0,
-        ),
+        step=lambda state, batch: step(state, batch, known),
+        trace=lambda state, batch: step.trace(state, batch, known),
         predict=jax.jit(_make_predict(graphdef), in_shardings=(layout, rows), out_shardings=whole),
         diagnose=_make_diagnose(graphdef),
         evaluated=functools.partial(_evaluated, graphdef),
     )
 
 
-def _take_apart(model: nnx.Module) -> tuple[dict, dict]:
-    _, params, rest = nnx.split(model, nnx.Param, ...)
-    return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
-
-
 def _make_step(
-    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, experiment: Experiment
-) -> Callable[[State, Batch], tuple[State, dict]]:
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    experiment: Experiment,
+    teacher: nnx.GraphDef | None,
+) -> Callable[[State, Batch, Any], tuple[State, dict]]:
     train = experiment.train
-    gradient = _make_gradient(graphdef, experiment)
+    gradient = make_gradient(graphdef, experiment, teacher)
     rate = optimizers.schedule(experiment.optimizer, steps=train.steps)
 
-    def step(state: State, batch: Batch) -> tuple[State, dict]:
+    def step(state: State, batch: Batch, known: Any) -> tuple[State, dict]:
         model = nnx.merge(graphdef, state["params"], state["rest"])
         attention.refresh(model, state["step"])
-        _, rest = _take_apart(model)
+        _, rest = take_apart(model)
         key = jax.random.fold_in(jax.random.key(experiment.seed), state["step"])
-        grads, rest, metrics = gradient(state["params"], rest, batch, key)
+        grads, rest, metrics = gradient(state["params"], rest, batch, key, known)
 
         updates, opt = optimizer.update(grads, state["opt"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
+        params: Any = optax.apply_updates(state["params"], updates)
         ema = state["ema"]
         if train.ema:
             t = state["step"].astype(jnp.float32)
             decay = jnp.minimum(train.ema, (1 + t) / (10 + t))
-            ema = optax.incremental_update(params, ema, 1 - decay)
+            ema = optax.incremental_update(_within(_over(rest, params), ema), ema, 1 - decay)
 
         norm = optax.tree.norm(grads)
         bad = ~(jnp.isfinite(metrics["objective"]) & jnp.isfinite(norm))
@@ -226,56 +252,23 @@ def _make_step(
     return step
 
 
-def _make_gradient(graphdef: nnx.GraphDef, experiment: Experiment) -> Callable:
-    """(params, rest, batch, key) -> gradient, new rest, {"objective", "loss", "accuracy"}.
-
-    Each is a mean over all that counts in the batch, examples or tokens by their weight, whatever
-    number of micro-batches it is taken in.
-    """
-    train, task = experiment.train, CrossEntropy(experiment.train.label_smoothing)
-
-    def loss(params, rest, batch, key):
-        model = nnx.merge(graphdef, params, rest)
-        logits = model(batch["inputs"], rngs=nnx.Rngs(dropout=key))
-        shares = batch["weight"]
-        sums = {
-            name: jnp.sum(shares * value)
-            for name, value in task.metrics(logits, batch["label"]).items()
-        }
-        sums["objective"] = jnp.sum(shares * task.objective(logits, batch["label"]))
-        return sums["objective"], (_take_apart(model)[1], sums)
-
-    grad = jax.grad(loss, has_aux=True)
-
-    def gradient(params, rest, batch, key):
-        total = batch["weight"].sum()
-        batch = batch | {"weight": batch["weight"] / jnp.where(total > 0, total, 1)}
-        if train.accumulate == 1:
-            grads, (rest, sums) = grad(params, rest, batch, key)
-            return grads, rest, sums
-
-        def add(carry, part):
-            total, rest = carry
-            index, micro = part
-            grads, (rest, sums) = grad(params, rest, micro, jax.random.fold_in(key, index))
-            return (jax.tree.map(jnp.add, total, grads), rest), sums
-
-        micro = jax.tree.map(lambda x: _cut(x, train.accumulate), batch)
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        parts = (jnp.arange(train.accumulate), micro)
-        (grads, rest), sums = jax.lax.scan(add, (zeros, rest), parts)
-        return grads, rest, jax.tree.map(jnp.sum, sums)
-
-    return gradient
-
-
-def _cut(x: jax.Array, parts: int) -> jax.Array:
-    """[B, ...] as [parts, B / parts, ...], each part spread over all devices as the batch is."""
-    return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
-
-
 def _evaluated(graphdef: nnx.GraphDef, state: State) -> Any:
-    return nnx.merge(graphdef, state["ema"] or state["params"], state["rest"])
+    return nnx.merge(graphdef, _over(state["rest"], state["ema"] or state["params"]))
+
+
+def _over(under: dict, over: dict) -> dict:
+    """Both trees as one; where both have a leaf it is that of `over`."""
+    both = {k: _over(under[k], over[k]) for k in under.keys() & over.keys() if _deep(over[k])}
+    return under | over | both
+
+
+def _within(whole: dict, part: dict) -> dict:
+    """The leaves of `whole` that `part` has too."""
+    return {k: _within(whole[k], v) if _deep(v) else whole[k] for k, v in part.items()}
+
+
+def _deep(tree: Any) -> bool:
+    return isinstance(tree, dict)
 
 
 def _make_predict(graphdef: nnx.GraphDef) -> Callable[[State, Batch], dict[str, jax.Array]]:

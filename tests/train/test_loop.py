@@ -58,10 +58,10 @@ def compiled_once():
     """Runs of the same experiment share their compiled functions; each still restores its state."""
     built, build = {}, loops.build
 
-    def cached(config, dataset):
+    def cached(config, dataset, *, teacher):
         key = repr(config)
         if key not in built:
-            built[key] = build(config, dataset)
+            built[key] = build(config, dataset, teacher=teacher)
         return built[key]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -17,15 +17,15 @@ from kernels import Mask
 class Avit(SparseVit):
     """Token k halts after the layer n where its scores h_k^l have summed to 1 - epsilon,
 
-        h_k^l = sigmoid(gate_scale * x_k^l[0] - gate_center),  h_k^L = 1     (equations 3, 4 and 9)
+        h_k^l = sigmoid(gate_scale * x_k^l[0] - gate_center),  h_k^L = 1
 
     x_k^l[0] being its first channel, so that nothing is added to the network. A token that has
     halted is not seen any more. The class token's output is sum_l h^l x^l over the layers before n,
-    and (1 - sum_l h^l) x^n (equation 8, where the mean is over its own course). Training asks for
+    and (1 - sum_l h^l) x^n (section 3). Training asks for
 
-        ponder * mean_k (n_k + r_k), r_k the weight of the last layer             (equations 5, 10)
+        ponder * mean_k (n_k + r_k), r_k the weight of its last layer
         prior * KL(target || H) / L, H the mean scores of the layers over their sum, the target a
-        Gaussian around layer `depth_prior`, summing to 0.98 before it    (section 3.3; as released)
+        Gaussian around layer `depth_prior`, summing to 0.98 before it (as released)
 
     Shapes are fixed, so halting alone saves nothing: in evaluation there is room for keep_rate^s of
     the patches from the s-th of `layers` on, given to those that are furthest from halting. With

@@ -1,6 +1,7 @@
 """DynamicViT (arXiv 2106.02034): small predictors learn which patches a picture can do without."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ EPSILON = 1e-6  # of the masked softmax, as released
 
 class Predictor(nnx.Module):
     """Log-probabilities (keep, drop) of each patch, from itself and the mean of those that are left
-    (section 3.2, equations 2 to 5).
+    (section 3.2).
     """
 
     def __init__(self, width: int, *, dtype, rngs: nnx.Rngs):
@@ -56,13 +57,13 @@ class DynamicVit(SparseVit):
 
     Evaluation takes those with the highest scores and computes with them alone. Training draws each
     decision (straight-through Gumbel-softmax), keeps every patch, and hides those that are dropped
-    from the others (equation 11); the shares that are kept follow keep_rate^s by the loss
+    from the others (section 3.3); the shares that are kept follow keep_rate^s by the loss
 
-        ratio_weight / S * sum_s (mean of the decisions after s - keep_rate^s)^2     (equation 15)
+        ratio_weight / S * sum_s (mean of the decisions after s - keep_rate^s)^2
 
     The paper trains with the plain network as teacher beside it: `config.distill` with kind="soft",
-    temperature 1. Of its two distillations that is the one of the predictions (equation 14); the
-    one of the patches' features (equation 13) is not here.
+    temperature 1. Of its two distillations that is the one of the predictions; the one of the
+    patches' features is not here.
     """
 
     names = (
@@ -146,8 +147,8 @@ def decide(chances: Float[Array, "B N 2"], rngs: nnx.Rngs) -> Float[Array, "B N"
 def masked_mixer(
     block: Block, x: Float[Array, "B T E"], policy: Float[Array, "B T"], rngs: nnx.Rngs
 ) -> Float[Array, "B T E"]:
-    """What the mixer adds where a token sees itself and those of policy 1 (equations 10 and 11)."""
-    mixer = block.mixer
+    """What the mixer adds where a token sees itself and those of policy 1 (section 3.3)."""
+    mixer: Any = block.mixer
     q, k, v = mixer.project(block.normed("mixer", x))
     logits = attention_logits(mixer, q, k)
     itself = jnp.eye(x.shape[1])[None]

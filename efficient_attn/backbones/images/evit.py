@@ -25,8 +25,8 @@ class Evit(SparseVit):
 
         a_j = mean over heads of softmax_j(q_class . k_j / sqrt(D))
 
-    are kept, ceil(keep_rate N) of N (section 3.2; N counts a token fused before), and the others
-    become one, sum_j a_j x_j (equation 4). It adds no parameters, and does so in training as well.
+    are kept, ceil(keep_rate N) of N (N counts a token fused before), and the others
+    become one, sum_j a_j x_j (section 3). It adds no parameters, and does so in training as well.
 
     q and k are the mixer's own, whatever it does with them. The paper lets keep_rate fall while it
     trains; here it stays, since shapes are fixed when a step is compiled.
