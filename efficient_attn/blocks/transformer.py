@@ -12,7 +12,8 @@ from efficient_attn import attention
 from efficient_attn.attention import Choice, Site
 from efficient_attn.blocks import reversible
 from efficient_attn.config import require
-from efficient_attn.layers.mlp import Mlp, MlpType
+from efficient_attn.layers.conv_mlp import ConvMlp
+from efficient_attn.layers.mlp import GATES, Mlp, MlpType
 from efficient_attn.layers.norm import NormType, SequenceNorm, make_norm
 from kernels import Mask
 
@@ -28,7 +29,8 @@ class Shape:
     one.
     mlp: "gelu" or "relu" between two linear layers; "swiglu" or "geglu" with a gate, a third
     matrix. mlp_norm: what follows each of the two. mlp_bias: whether they have biases (see
-    `layers.mlp`).
+    `layers.mlp`). mlp_conv: the convolution between them (see `layers.conv_mlp`), on pictures:
+    "depthwise", or "relu_depthwise" behind a relu.
     norm: "pre" normalises before each branch and once at the end, "post" after each residual sum.
     norm_type, norm_epsilon: see `layers.norm`.
     final_norm: whether one more follows the last block of a "pre" stack.
@@ -51,6 +53,7 @@ class Shape:
     mlp: MlpType = "gelu"
     mlp_norm: Literal["none"] = "none"
     mlp_bias: bool = True
+    mlp_conv: Literal["none"] = "none"
     dropout: float = 0.1
     drop_path: float = 0.0
     norm: Literal["pre", "post"] = "pre"
@@ -92,6 +95,7 @@ class GridShape(Shape):
 
     norm_type: NormType = "layernorm"
     mlp_norm: Literal["none", "batchnorm"] = "none"
+    mlp_conv: Literal["none", "depthwise", "relu_depthwise"] = "none"
     runs: int = 1
 
     def __post_init__(self):
@@ -100,6 +104,12 @@ class GridShape(Shape):
             self.residual == "add" or self.mlp_norm == "none",
             "residual='reversible' recomputes every block, and the running statistics of "
             f"mlp_norm={self.mlp_norm!r} would move twice; set residual='add'",
+        )
+        require(
+            self.mlp_conv == "none"
+            or (self.mlp not in GATES and self.mlp_norm == "none" and self.mlp_bias),
+            f"mlp_conv={self.mlp_conv!r} goes with an mlp without a gate, mlp_norm='none' and "
+            "mlp_bias=True",
         )
 
 
@@ -134,12 +144,7 @@ class Block(nnx.Module):
         self.shape = shape
         self.runs = shape.runs if isinstance(shape, GridShape) else 1
         self.mixer = attention.build(choice, site, needs=needs, rngs=rngs, shared=shared)
-        hidden = round(shape.mlp_ratio * shape.width)
-        self.mlp = Mlp(
-            shape.width, hidden, kind=shape.mlp, norm=shape.mlp_norm, use_bias=shape.mlp_bias,
-            begin=0.0 if shape.layer_scale is None else 1.0, dropout=shape.dropout,
-            dtype=site.dtype, rngs=rngs,
-        )  # fmt: skip
+        self.mlp = _mlp(shape, site, rngs)
         self.mixer_norm = make_norm(shape.norm_type, shape.width, **norm)
         self.mlp_norm = make_norm(shape.norm_type, shape.width, **norm)
         self.branches = ("mixer", "mlp") if cross is None else ("mixer", "cross", "mlp")
@@ -238,6 +243,18 @@ class Block(nnx.Module):
 
     def _add(self, name: str, x: Stream, y) -> Stream:
         return self.write(name, x, self.scaled(name, y))
+
+
+def _mlp(shape: Shape, site: Site, rngs: nnx.Rngs) -> Mlp | ConvMlp:
+    hidden = round(shape.mlp_ratio * shape.width)
+    given = {"kind": shape.mlp, "dropout": shape.dropout, "dtype": site.dtype, "rngs": rngs}
+    if shape.mlp_conv != "none":
+        before = "relu" if shape.mlp_conv == "relu_depthwise" else "none"
+        return ConvMlp(shape.width, hidden, grid=site.sides, before=before, **given)
+    return Mlp(
+        shape.width, hidden, norm=shape.mlp_norm, use_bias=shape.mlp_bias,
+        begin=0.0 if shape.layer_scale is None else 1.0, **given,
+    )  # fmt: skip
 
 
 def open_stream(x: Float[Array, "B T E"], shape: Shape) -> Stream:

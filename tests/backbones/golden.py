@@ -25,7 +25,11 @@ LOGITS = {
     "mobilenetv3_small_050": 64,
     "mobilevit_xxs": 128,
     "mobilevitv2_050": 128,
+    "poolformer_s12": 72,
+    "pvt_v2_b0": 72,
+    "pvt_v2_b2_li": 64,
     "resnet50": 64,
+    "swin_tiny_patch4_window7_224": 56,
 }
 """Of each family one network, the smallest, and the side of its images."""
 

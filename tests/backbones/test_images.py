@@ -15,7 +15,11 @@ from tests.backbones.golden import FILE, images, synthetic
 
 GOLDEN = json.loads(FILE.read_text())
 LARGE = 40_000_000
-LOGITS = [name for name, line in GOLDEN.items() if "logits" in line]
+LOGITS = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name == "pvt_v2_b2_li"))  # the second of PVT v2
+    for name, line in GOLDEN.items()
+    if "logits" in line
+]
 
 
 def parameters(model) -> int:

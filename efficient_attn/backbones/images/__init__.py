@@ -9,7 +9,10 @@ from efficient_attn.backbones.images import (
     levit,
     mobilenet,
     mobilevit,
+    poolformer,
+    pvt_v2,
     resnet,
+    swin,
     t2t_vit,
     vision_transformer,
 )
@@ -28,7 +31,10 @@ VARIANTS: dict[str, Variant] = {
     **levit.VARIANTS,
     **mobilenet.VARIANTS,
     **mobilevit.VARIANTS,
+    **poolformer.VARIANTS,
+    **pvt_v2.VARIANTS,
     **resnet.VARIANTS,
+    **swin.VARIANTS,
     **t2t_vit.VARIANTS,
 }
 """Every published network, by the name that `config.model.name` gives it."""
