@@ -143,7 +143,8 @@ def _compute(work: Work, plan: Plan, r, index: int, interpret):
     S = constant(0.0, plan.shape)
     n = constant(0.0, (plan.n_rows, FILL)) if plan.sums else ()
     if plan.state:
-        S = plgpu.load(r.S0.at[S_at], layout=LAYOUT, optimized=False)
+        # a sum: inside shard_map what is loaded is for jax of another type than what is computed
+        S += plgpu.load(r.S0.at[S_at], layout=LAYOUT, optimized=False)
     if plan.state and plan.sums:
         n0 = plgpu.load(r.n0.at[n_at], layout=ROWS, optimized=False)
         n = by_row(n0 * (1 / FILL), FILL)

@@ -3,7 +3,6 @@
 What they are lowered to for CUDA is read, and what they compute is the interpreter's.
 """
 
-import functools
 import re
 
 import jax
@@ -20,7 +19,6 @@ from tests.kernels.hopper import INTERPRET, no_races  # noqa: F401
 
 CAUSAL = Mask(causal=True)
 BY_HEAD = PartitionSpec("batch", None, "heads")
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def linear(q, k, v, mask=CAUSAL):
@@ -59,8 +57,7 @@ def softmax(q, k, v):
     return kernels.softmax_attention(q, k, v, mask=CAUSAL, backend="pallas")
 
 
-OPS = [linear, favor, linformer, window, softmax]
-OTHERS = [slow(linear_both_ways), slow(gated), slow(favor_both_ways)]
+OPS = [linear, linear_both_ways, gated, favor, favor_both_ways, linformer, window, softmax]
 
 
 def given(*shape: int):
@@ -77,14 +74,14 @@ def graded(op):
     return jax.value_and_grad(loss, argnums=(0, 1, 2))
 
 
-def spread(function, mesh):
+def spread(function, mesh, over=BY_HEAD):
     """The outputs and gradients of parts of batch and heads, each on a device of its own."""
 
     def both(*a):
         out, back = jax.vjp(function, *a)
         return out, *back(out)
 
-    return jax.shard_map(both, mesh=mesh, in_specs=BY_HEAD, out_specs=BY_HEAD)
+    return jax.shard_map(both, mesh=mesh, in_specs=over, out_specs=over)
 
 
 def mesh_of(batch: int, heads: int):
@@ -93,49 +90,78 @@ def mesh_of(batch: int, heads: int):
     return jax.make_mesh((batch, heads), ("batch", "heads"), axis_types=kinds, devices=devices)
 
 
+@pytest.mark.parametrize(
+    ("op", "launches"),
+    [
+        (linear, 5),  # out and, once more for the gradient, dq, dk and dv
+        (favor, 9),  # and twice the scales of q and k
+        (linformer, 4),  # out, twice, dq and dkv
+        (window, 4),
+        (softmax, 4),
+    ],
+)
+def test_all_at_once_launches_each_kernel_once(op, launches):
+    """Over batch and heads on four devices, each maps over a further axis, with a checkpoint."""
+    mapped = jax.vmap(jax.checkpoint(op))
+    over = PartitionSpec(None, *BY_HEAD)
+    with use("hopper"):
+        made = jax.make_jaxpr(spread(mapped, mesh_of(2, 2), over))(*given(3, 2, 64, 4, 64))
+    assert launched(made) == launches
+
+
+def launched(program) -> int:
+    """Kernels in a jaxpr, none in a loop."""
+    program, count = getattr(program, "jaxpr", program), 0
+    for equation in program.eqns:
+        if equation.primitive.name in ("mpmd_map", "core_map", "pallas_call"):
+            count += 1
+            continue
+        inner = [p for p in jax.tree.leaves(equation.params, is_leaf=is_program) if is_program(p)]
+        inside = sum(map(launched, inner))
+        assert not inside or equation.primitive.name not in ("scan", "while")
+        count += inside
+    return count
+
+
+def is_program(x) -> bool:
+    return hasattr(x, "eqns") or hasattr(x, "jaxpr")
+
+
 def lowered(function, arguments) -> str:
     with use("hopper"):
         traced = jax.jit(function).trace(*arguments)
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-def launches(text: str) -> int:
-    """How many kernels a program runs, each once: none within a loop."""
-    assert "stablehlo.while" not in text.split("mosaic_gpu", 1)[0]
+def kernels_of(text: str) -> int:
+    """How many kernels a program runs; none in a loop, of which it has none."""
+    assert "stablehlo.while" not in text
     return len(re.findall(r"custom_call @mosaic_gpu", text))
 
 
-@pytest.mark.parametrize("op", [*OPS, *OTHERS])
-def test_vmap_and_checkpoint_run_the_kernels_once(op):
-    plain = launches(lowered(graded(op), given(2, 128, 2, 64)))
-    more = given(3, 2, 128, 2, 64)
-    assert plain > 1 and launches(lowered(jax.vmap(graded(op)), more)) == plain
-    again = launches(lowered(jax.vmap(graded(jax.checkpoint(op))), more))
-    assert plain <= again <= plain + launches(lowered(op, given(2, 128, 2, 64)))
-
-
-@pytest.mark.parametrize("op", [*OPS, *OTHERS])
-def test_shard_map_over_batch_and_heads_and_export(op):
-    arguments = given(2, 128, 4, 64)
-    with use("hopper"):
-        function = jax.jit(spread(op, mesh_of(2, 2)))
-        exported = jax.export.export(function, platforms=("cuda",))(*arguments)
-    assert exported.nr_devices == 4 and launches(exported.mlir_module()) > 1
-    assert [a.shape for a in exported.out_avals[1:]] == [a.shape for a in arguments]
-
-
-@pytest.mark.parametrize("op", [linear, *(slow(op) for op in (favor, linformer, window, softmax))])
-def test_a_program_for_cuda_can_be_stored(op):
-    pytest.importorskip("flatbuffers", reason="jax.export writes with flatbuffers")
-    with use("hopper"):
-        function = jax.jit(graded(op))
-        exported = jax.export.export(function, platforms=("cuda",))(*given(2, 128, 2, 64))
-    back = jax.export.deserialize(exported.serialize())
-    assert back.platforms == ("cuda",) and back.out_avals == exported.out_avals
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_vmap_is_lowered_to_as_many_kernels(op):
+    plain = kernels_of(lowered(graded(op), given(2, 64, 2, 64)))
+    assert plain > 1
+    assert kernels_of(lowered(jax.vmap(graded(op)), given(3, 2, 64, 2, 64))) == plain
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", [linear, linear_both_ways, gated, favor, linformer, window, softmax])
+@pytest.mark.parametrize("op", OPS)
+def test_shard_map_is_exported_and_read_again(op):
+    pytest.importorskip("flatbuffers", reason="jax.export writes with flatbuffers")
+    arguments = given(2, 64, 4, 64)
+    with use("hopper"):
+        function = jax.jit(spread(jax.checkpoint(op), mesh_of(2, 2)))
+        exported = jax.export.export(function, platforms=("cuda",))(*arguments)
+    back = jax.export.deserialize(exported.serialize())
+    assert back.platforms == ("cuda",) and back.nr_devices == 4
+    assert [a.shape for a in back.out_avals[1:]] == [a.shape for a in arguments]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
 def test_vmap_gives_what_each_gives_alone(op):
     """Over an axis in the middle of q, and one of v that is none of q's."""
     q, k, v = given(2, 1, 64, 2, 64)
@@ -148,7 +174,7 @@ def test_vmap_gives_what_each_gives_alone(op):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", [linear, linear_both_ways, gated, favor, linformer, window, softmax])
+@pytest.mark.parametrize("op", OPS)
 def test_shard_map_and_checkpoint_give_what_the_op_gives(op):
     """On a mesh of one device: the interpreter takes no more."""
     arguments = given(1, 64, 2, 64)
