@@ -4,6 +4,7 @@ import json
 import subprocess
 from pathlib import Path
 
+import jax
 import pytest
 
 from kernels import shapes
@@ -252,9 +253,17 @@ def test_the_budget_has_no_spill_and_knows_its_cases():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", shapes.SHIPPED, ids=lambda case: case.name)
 @pytest.mark.parametrize("name", ahead.CHIPS)
-def test_shipped_kernels_keep_to_their_budget(name, capsys):
+def test_shipped_kernels_keep_to_their_budget(name, case, capsys):
+    """In the passes that budget.json has of it; without figures of this jax, for spills alone."""
     if why := ahead.missing(ahead.CHIPS[name]):
         pytest.skip(why)
-    status = static.main(["--target", name, "--check"])
+    version = f"jax {jax.__version__}"
+    known = budget.read().get(name, {}).get(version, {})
+    passes = [run for run in shapes.PASSES if f"{case.name}, {run}" in known]
+    if known and not passes:
+        pytest.skip(f"budget.json has no figures of it with {version}: add them by --write")
+    order = ["--target", name, "--only", f"^{case.name}$", "--check"]
+    status = static.main([*order, "--passes", *(passes or ["training"])])
     assert status == 0, capsys.readouterr().out
