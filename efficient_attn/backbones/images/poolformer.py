@@ -9,13 +9,13 @@ from efficient_attn.backbones.images.staged import (
     BLOCK,
     STAGE,
     THEIRS,
-    Patches,
     Stage,
     Staged,
     mean,
 )
 from efficient_attn.backbones.images.variants import Variant
 from efficient_attn.blocks import GridShape
+from efficient_attn.blocks.patches import Patches
 from efficient_attn.layers.norm import make_norm
 
 HEAD = 32

@@ -8,12 +8,12 @@ from efficient_attn.backbones.images.staged import (
     BLOCK,
     STAGE,
     THEIRS,
-    Patches,
     Stage,
     Staged,
 )
 from efficient_attn.backbones.images.variants import Variant
 from efficient_attn.blocks import GridShape
+from efficient_attn.blocks.patches import Patches
 
 ATTENTION = rf"{BLOCK}\.mixer\.attention"
 

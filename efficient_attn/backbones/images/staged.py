@@ -12,7 +12,6 @@ from efficient_attn.backbones.base import Build, Input
 from efficient_attn.backbones.images.pyramid import Pyramid
 from efficient_attn.blocks import Chain, GridShape, GridStack
 from efficient_attn.config import require
-from efficient_attn.layers.norm import NormType, make_norm
 
 STAGE = r"stages\.(\d+)\.layers\.\d"
 BLOCK, THEIRS = rf"{STAGE}\.stack\.blocks\.(\d+)", r"stages.\1.blocks.\2"
@@ -91,40 +90,6 @@ class Staged(Pyramid):
 
     def check(self, stage: Stage, site: Site, build: Build) -> None:
         """Raise UserError where the stage cannot have this map; by default nothing."""
-
-
-class Patches(nnx.Module):
-    """norm(conv(x)): windows of `kernel` at every `stride`, which overlap where they are larger."""
-
-    def __init__(
-        self,
-        width: int,
-        out: int,
-        kernel: int,
-        *,
-        stride: int,
-        around: int,
-        norm: NormType = "layernorm",
-        dtype: Any,
-        rngs: nnx.Rngs,
-    ):
-        self.kernel, self.stride, self.around = kernel, stride, around
-        pad = (around, around)
-        self.conv = nnx.Conv(
-            width, out, (kernel, kernel), strides=stride, padding=(pad, pad), dtype=dtype, rngs=rngs
-        )
-        self.norm = make_norm(norm, out, epsilon=1e-5, dtype=dtype, rngs=rngs)
-
-    def __call__(
-        self, x: Float[Array, "B H W C"], *, rngs: nnx.Rngs | None
-    ) -> Float[Array, "B h w E"]:
-        """The same in training and evaluation."""
-        return self.norm(self.conv(x))
-
-    def sides(self, grid: tuple[int, ...]) -> tuple[int, int]:
-        """Rows and columns of the map that it makes of one of `grid`."""
-        rows, columns = ((side + 2 * self.around - self.kernel) // self.stride + 1 for side in grid)
-        return rows, columns
 
 
 def mean(x: Float[Array, "B h w E"]) -> Float[Array, "B E"]:

@@ -1,11 +1,6 @@
 """Swin Transformer (arXiv 2103.14030, section 3.3): attention in windows, shifted in turn."""
 
-from typing import Any
-
-import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float
 
 from efficient_attn import attention
 from efficient_attn.attention import Site
@@ -14,13 +9,13 @@ from efficient_attn.backbones.base import NATIVE, Build, Rule, block_names
 from efficient_attn.backbones.images.staged import (
     BLOCK,
     STAGE,
-    Patches,
     Stage,
     Staged,
     mean,
 )
 from efficient_attn.backbones.images.variants import Variant
 from efficient_attn.blocks import GridShape
+from efficient_attn.blocks.patches import Merge, Patches
 from efficient_attn.config import require
 from efficient_attn.layers.norm import make_norm
 
@@ -84,29 +79,6 @@ class Swin(Staged):
     def head(self, x, *, rngs):
         """The norm, then the mean."""
         return self.classifier(mean(self.norm(x)))
-
-
-class Merge(nnx.Module):
-    """norm(four neighbours, one after another) W: [B,H,W,E] -> [B,ceil(H/2),ceil(W/2),`out`].
-
-    An odd side is filled up with zeros.
-    """
-
-    def __init__(self, width: int, out: int, *, dtype: Any, rngs: nnx.Rngs):
-        self.norm = make_norm("layernorm", 4 * width, epsilon=1e-5, dtype=dtype, rngs=rngs)
-        self.reduction = nnx.Linear(4 * width, out, use_bias=False, dtype=dtype, rngs=rngs)
-
-    def __call__(
-        self, x: Float[Array, "B H W E"], *, rngs: nnx.Rngs | None
-    ) -> Float[Array, "B h w F"]:
-        """The same in training and evaluation."""
-        x = jnp.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)])
-        x = rearrange(x, "b (h r) (w c) e -> b h w (c r e)", r=2, c=2)
-        return self.reduction(self.norm(x))
-
-    def sides(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of the map that it makes of one of `grid`."""
-        return -(-grid[0] // 2), -(-grid[1] // 2)
 
 
 def _variant(width: int, third: int, *, window: int = 7, image_size: int = 224) -> Variant:
