@@ -7,6 +7,7 @@ from efficient_attn.backbones.images import (
     efficientvit,
     evit,
     levit,
+    mobile_former,
     mobilenet,
     mobilevit,
     poolformer,
@@ -36,5 +37,6 @@ VARIANTS: dict[str, Variant] = {
     **resnet.VARIANTS,
     **swin.VARIANTS,
     **t2t_vit.VARIANTS,
+    **mobile_former.VARIANTS,
 }
 """Every published network, by the name that `config.model.name` gives it."""
