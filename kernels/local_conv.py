@@ -5,6 +5,10 @@ Lightweight convolution has one set of kernels, dynamic convolution one for each
 convolution of the recurrences:
 
     out[t, c] = sum_j w[t, h(c), j] x[t + j - p, c],    p = K - 1 if causal, else (K - 1) // 2
+
+Two CPU cores, batch 4, 1,024 tokens, 512 channels: forward takes the time of its bytes with 7 taps
+and twice that with 31, but forward and backward 3 and 15 to 19 times it, so that a written-out
+backward is worth more than a kernel.
 """
 
 import jax.numpy as jnp
