@@ -56,11 +56,15 @@ EXPRESSIONS = (
     "pool",
     "window",
     "spatial_reduction(reduction='pool')",
+    "relu_linear",
+    "separable",
 )
 """Every mechanism, with options that follow the length only where its paper says so.
 
 What works on pictures alone has one of as many places, twice as wide as high or square.
 """
+LEFT_OUT = {"biased": "its number of the offset of each pair of places alone takes T^2 integers"}
+"""Those that cannot be measured at such lengths, and why."""
 
 
 @dataclass(frozen=True)
