@@ -139,8 +139,8 @@ class MobileFormerBlock(nnx.Module):
 
     def __call__(self, x, tokens, *, rngs, shared):
         """The map [B,H,W,C] and the tokens [B,M,E] after this block."""
-        tokens = self.to_tokens(x, tokens)
-        tokens = self.former(tokens, mask=Mask(), rngs=rngs, shared=shared)
+        stream = self.former(self.to_tokens(x, tokens), mask=Mask(), rngs=rngs, shared=shared)
+        tokens = self.former.read(stream)
         first, (before, after) = tokens[:, 0], self.shuffles
         y = self.relus[0](shuffle(self.conv1(x, rngs=rngs), before), first)
         y = self.conv2(y, rngs=rngs)

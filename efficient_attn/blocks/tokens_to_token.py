@@ -59,7 +59,8 @@ class TokenBlock(nnx.Module):
     ):  # fmt: skip
         given = {"dtype": dtype, "rngs": rngs}
         self.kind: TokenKind = kind
-        self.scale, self.backend = width**-0.5, backend
+        self.scale = width**-0.5
+        self.backend: Backend = backend
         self.norm = make_norm("layernorm", width, epsilon=1e-5, **given)
         self.enter = nnx.Linear(width, 3 * out, use_bias=kind == "performer", **given)
         self.leave = nnx.Linear(out, out, **given)

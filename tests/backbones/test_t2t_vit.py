@@ -33,15 +33,13 @@ other two sizes are 1.3 below: a tenth too many."""
     ],
 )
 def test_counts_are_those_printed(name):
-    graph, state = nnx.split(nnx.eval_shape(lambda: backbones.create(name, backend="tiled")))
+    graph, state = nnx.split(nnx.eval_shape(lambda: backbones.create(name, backend="xla")))
     held = jax.tree.leaves(nnx.filter_state(state, nnx.filterlib.Any(nnx.Param, Buffer)))
-    image = jax.ShapeDtypeStruct(
-        (1, 224, 224, 3), jnp.float32
-    )  # whose 3,136 tokens are whole tiles
+    image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     made = multiply_adds(lambda state, x: nnx.merge(graph, state)(x), state, image)
     millions, billions = PRINTED[name]
     assert round(sum(x.size for x in held) / 1e6 - 0.001, 1) == millions  # 21.5456 is 21.5
-    assert abs(made / 1e9 - billions) < (0.15 if name == "t2t_vit_24" else 0.05)
+    assert abs(made / 1e9 - billions) < 0.05 + 0.01 * billions  # queries fill up whole chunks
 
 
 def normed(w, x):
