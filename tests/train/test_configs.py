@@ -41,7 +41,7 @@ REST = [
     ("retrieval", "some/folder"),
     ("image", "mnist"),
     ("image", "some/folder,pixels"),
-    ("image", "cifar10,mobilevit_xxs"),
+    ("image", "cifar10,mobilenetv2_050"),
     ("imagenet", "deit_tiny_patch16_224"),
     *(("pathfinder", f"{size},small") for size in ("32", "128")),
     *(("probes", f"{task},{setting}") for task in TASKS for setting in ("small", "paper")),

@@ -54,12 +54,13 @@ def run(script, *arguments):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
+@pytest.mark.slow
 def test_mobilevit_is_trained_and_evaluated(tmp_path):
     """With batch norm, an average of it, augmentation on demand, and a damaged image."""
     where = f"--workdir={tmp_path / 'run'}"
     command = [
         f"--config=configs/image.py:{folder(tmp_path / 'images')},mobilevit_xxs", where,
-        "--config.data.image.size=32", "--config.data.image.memory_mb=0",
+        "--config.data.image.size=64", "--config.data.image.memory_mb=0",
         "--config.data.on_error=skip", "--config.data.batch_size=8",
         "--config.data.augment.crop=(0.5, 1.0)", "--config.data.augment.operations=2",
         "--config.data.augment.flip=0.5", "--config.data.augment.erase=0.25",

@@ -62,8 +62,8 @@ class DynamicVit(SparseVit):
         ratio_weight / S * sum_s (mean of the decisions after s - keep_rate^s)^2
 
     The paper trains with the plain network as teacher beside it: `config.distill` with kind="soft",
-    temperature 1. Of its two distillations that is the one of the predictions; the one of the
-    patches' features is not here.
+    temperature 1, and weight 1/3 for its proportions. Of its two distillations that is the one of
+    the predictions; the one of the patches' features is not here.
     """
 
     names = (

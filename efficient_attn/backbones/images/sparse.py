@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from efficient_attn import attention
 from efficient_attn.attention import MultiHead
 from efficient_attn.backbones.base import Build, Input
 from efficient_attn.backbones.images.variants import Variant
@@ -25,7 +24,7 @@ class SparseVit(Vit):
     why: for what a mixer needs queries and keys; "" where any will do.
     """
 
-    why: str = ""
+    why: ClassVar[str] = ""
 
     @dataclass(frozen=True)
     class Config(Vit.Config):
@@ -114,6 +113,3 @@ def variants(
         options = {f: getattr(base.config, f) for f in base.config.__dataclass_fields__}
         made[name] = replace(base, family=family, config=family.Config(**options | change(name)))
     return made
-
-
-__all__ = ["SparseVit", "attention", "attention_logits", "best", "run", "take", "variants"]
