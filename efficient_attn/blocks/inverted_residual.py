@@ -86,7 +86,7 @@ class InvertedResidual(nnx.Module):
 
 
 class FusedResidual(nnx.Module):
-    """x + project(spatial(x)), where `spatial` sees windows of all channels (arXiv 2104.00298, 3.2).
+    """x + project(spatial(x)), `spatial` seeing windows of all channels (2104.00298, section 3.2).
 
     last: side of the windows of `project`. As for `InvertedResidual` otherwise.
     """

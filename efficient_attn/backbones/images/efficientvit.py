@@ -5,20 +5,19 @@ from typing import Literal
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
 
 from efficient_attn import attention
-from efficient_attn.attention import Choice, Site
+from efficient_attn.attention import Site
 from efficient_attn.backbones.base import Build, Input, Rule
 from efficient_attn.backbones.images.pyramid import Pyramid
 from efficient_attn.backbones.images.variants import Variant
 from efficient_attn.blocks import Chain
-from efficient_attn.blocks.inverted_residual import FusedResidual, Inside, InvertedResidual, Skip
+from efficient_attn.blocks.context import ContextBlock, ContextStage
+from efficient_attn.blocks.inverted_residual import FusedResidual, Inside, InvertedResidual
 from efficient_attn.config import at_least, require
 from efficient_attn.layers.activations import ACTIVATIONS, Activation
 from efficient_attn.layers.conv2d import ConvNorm
-from efficient_attn.layers.norm import BatchNorm, make_norm
-from kernels import Mask
+from efficient_attn.layers.norm import make_norm
 
 STEM, LAYER = r"stem\.layers\.1\.layers\.(\d+)", r"stages\.(\d+)\.layers\.(\d+)"
 PLACES = {
@@ -62,47 +61,6 @@ class Stage:
     def __post_init__(self):
         at_least(self, 1, "width", "first", "expand")
         at_least(self, 0, "depth")
-
-
-class ContextBlock(nnx.Module):
-    """x + norm(mixer(x)), then x + local(x), an inverted residual (figure 2, left)."""
-
-    def __init__(
-        self, choice: Choice, site: Site, *, hidden: int, inside: Inside, rngs: nnx.Rngs, shared
-    ):
-        self.mixer = attention.build(
-            choice, site, needs={"bidirectional"}, rngs=rngs, shared=shared
-        )
-        self.norm = BatchNorm(site.width, epsilon=inside.epsilon, dtype=site.dtype, rngs=rngs)
-        self.skip = Skip(True, inside.drop_path)
-        self.local = InvertedResidual(
-            site.width, site.width, hidden=hidden, inside=inside, dtype=site.dtype, rngs=rngs
-        )
-
-    def __call__(
-        self, x: Float[Array, "B H W E"], *, rngs: nnx.Rngs | None, shared
-    ) -> Float[Array, "B H W E"]:
-        """Without `rngs` nothing is dropped."""
-        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
-        y = self.mixer(tokens, mask=Mask(), rngs=rngs, shared=shared).reshape(x.shape)
-        return self.local(self.skip(x, self.norm(y, rngs=rngs), rngs=rngs), rngs=rngs)
-
-
-class ContextStage(nnx.Module):
-    """A block that halves the resolution, context blocks, and what their mixers share."""
-
-    def __init__(self, first: InvertedResidual, blocks: list[ContextBlock], shared):
-        self.layers = nnx.List([first, *blocks])
-        self.shared = nnx.Dict(shared)
-
-    def __call__(
-        self, x: Float[Array, "B H W C"], *, rngs: nnx.Rngs | None
-    ) -> Float[Array, "B h w E"]:
-        """Without `rngs` nothing is dropped."""
-        x = self.layers[0](x, rngs=rngs)
-        for block in list(self.layers)[1:]:
-            x = block(x, rngs=rngs, shared=self.shared)
-        return x
 
 
 class EfficientVit(Pyramid):

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float
 
 from efficient_attn.backbones.base import Build, Input, Rule
@@ -58,8 +60,8 @@ class Stem(nnx.Module):
         self, x: Float[Array, "B H W C"], *, rngs: nnx.Rngs | None
     ) -> Float[Array, "B h w F"]:
         """`rngs` says that this is training."""
-        around = ((1, 1), (1, 1))
-        return nnx.max_pool(self.conv(x, rngs=rngs), (3, 3), strides=(2, 2), padding=around)
+        x, around = self.conv(x, rngs=rngs), ((0, 0), (1, 1), (1, 1), (0, 0))
+        return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), around)
 
 
 def _names() -> tuple[Rule, ...]:
