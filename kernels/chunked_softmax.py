@@ -79,7 +79,7 @@ def chunked_softmax(
     rows = rearrange(wide_q * scale, "b (n t) (g r) d -> (b g) n (r t) d", g=groups, t=size_q)
     keys = rearrange(wide_k, "b (m s) g d -> (b g) m s d", s=size_k)
     values = rearrange(wide_v, "b (m s) g d -> (b g) m d s", s=size_k)
-    out = _attend(_How(mask.causal, size_q, groups), rows, keys, values, who)
+    out: Array = _attend(_How(mask.causal, size_q, groups), rows, keys, values, who)
     out = rearrange(out, "(b g) n d (r t) -> b (n t) (g r) d", g=groups, t=size_q)
     return out[:, :length].astype(v.dtype)
 

@@ -38,16 +38,17 @@ class Kernelised(Core):
         """phi(x) = features exp(log_scale) of queries or keys that stand at `positions`."""
         raise NotImplementedError
 
-    @staticmethod
-    def tokens(length: int) -> int:
-        """How many the scan over chunks that is not causal runs over, the last one filled."""
-        return tokens_run(length, even(length, 4 * CHUNK))
+    @classmethod
+    def tokens(cls, config, site, length: int) -> int:
+        """How many are run over where nothing is causal: chunks, the last one filled, or all."""
+        many = cls.count(config, site) > site.head_dim
+        return tokens_run(length, even(length, 4 * CHUNK)) if many else length
 
     @classmethod
     def cost(cls, config, site, length):
-        """T R (D + 1) multiply-adds a head, twice; decoding holds as much for any T."""
+        """T R D multiply-adds a head, twice; decoding holds R (D + 1) numbers for any T."""
         rows = cls.count(config, site)
-        attend = 2 * cls.tokens(length) * rows * (site.head_dim + 1) * site.heads
+        attend = 2 * cls.tokens(config, site, length) * rows * site.head_dim * site.heads
         return Cost(attend, 4 * site.heads * (rows * (site.head_dim + 1) + 1))
 
     def __call__(self, q, k, v, *, mask: Mask, shared: Mapping[str, Any]):

@@ -79,7 +79,7 @@ class Linear(Kernelised):
     def cost(cls, config, site, length):
         """`Kernelised.cost`, and what makes the features."""
         each = site.head_dim if config.feature_map in ("taylor", "hedgehog", "t2r") else 0
-        made = 2 * cls.tokens(length) * site.width * each
+        made = 2 * cls.tokens(config, site, length) * site.width * each
         attend = super().cost(config, site, length)
         return attend._replace(multiply_adds=attend.multiply_adds + made)
 

@@ -68,7 +68,7 @@ class Performer(Kernelised):
     @classmethod
     def cost(cls, config, site, length):
         """`Kernelised.cost`, and the projection of queries and keys."""
-        made = 2 * cls.tokens(length) * _features(config, site)[0] * site.width
+        made = 2 * cls.tokens(config, site, length) * _features(config, site)[0] * site.width
         attend = super().cost(config, site, length)
         return attend._replace(multiply_adds=attend.multiply_adds + made)
 

@@ -63,7 +63,7 @@ def test_causal_chunks_cost_their_square_and_no_more(expression):
     inner = choice(expression).config
     width, features = (16, 16) if expression.startswith("lsra") else (32, inner.features or 8)
     features *= 2 if getattr(inner, "feature_map", "") in ("hyperbolic", "trigonometric") else 1
-    within = length * chunk * (support.HEADS * (features + 1) + width)
+    within = length * chunk * (support.HEADS * features + width)
     assert counted == said - uncounted(expression, length) + within
 
 
