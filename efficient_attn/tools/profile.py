@@ -120,8 +120,8 @@ def table(found: Profile) -> str:
     if told:
         lines.append("")
         lines.append(
-            f"published: {told.params_M} M parameters, {told.gmacs} G multiply-adds, "
-            f"top-1 {told.top1} % ({told.source})"
+            f"published: {told.params_M or '-'} M parameters, {told.gmacs or '-'} G multiply-adds, "
+            f"top-1 {told.top1 or '-'} % ({told.source})"
         )
     return "\n".join(lines)
 
@@ -147,9 +147,10 @@ def _compared(ours: Profile, told: Published | None) -> list[str]:
     adds = total.multiply_adds / 1e9
     if told is None:
         return [*cells, "", f"{adds:.3f}", "", "", ""]
-    same = "" if agrees(total.parameters / 1e6, told.params_M) else " (differs)"
+    same = not told.params_M or agrees(total.parameters / 1e6, told.params_M)
     off = f"{100 * (adds / float(told.gmacs) - 1):+.1f}" if told.gmacs else ""
-    return [*cells, told.params_M + same, f"{adds:.3f}", told.gmacs, off, told.top1]
+    printed = told.params_M + " (differs)" * (not same)
+    return [*cells, printed, f"{adds:.3f}", told.gmacs, off, told.top1]
 
 
 def survey_table() -> str:

@@ -30,6 +30,7 @@ VARIANTS: dict[str, Variant] = {
     **evit.VARIANTS,
     **vision_transformer.VARIANTS,
     **levit.VARIANTS,
+    **mobile_former.VARIANTS,
     **mobilenet.VARIANTS,
     **mobilevit.VARIANTS,
     **poolformer.VARIANTS,
@@ -37,6 +38,5 @@ VARIANTS: dict[str, Variant] = {
     **resnet.VARIANTS,
     **swin.VARIANTS,
     **t2t_vit.VARIANTS,
-    **mobile_former.VARIANTS,
 }
 """Every published network, by the name that `config.model.name` gives it."""
