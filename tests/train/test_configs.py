@@ -65,8 +65,9 @@ def source(made):
         return Input(kind="tokens", shape=(data.listops.max_length,), classes=10, vocab=16)
     if name == "matching":
         return Input(kind="pair", shape=(data.text.max_len,), classes=2, vocab=257)
-    side = data.pathfinder.size if name == "pathfinder" else 32
-    if name == "pathfinder" or "mnist" in data.tfds or "cifar" in data.tfds or "image" in name:
+    side = data.pathfinder.size if name == "pathfinder" else data.image.size or 32
+    pictures = ("mnist", "cifar", "imagenet")
+    if name in ("pathfinder", "image_folder") or any(word in data.tfds for word in pictures):
         if data.image.layout == "pixels":
             return Input(kind="tokens", shape=(side**2,), classes=10, vocab=257)
         return Input(kind="image", shape=(side, side, 3), classes=10)
