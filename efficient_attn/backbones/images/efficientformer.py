@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass, replace
 
-import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.attention import Site
 from efficient_attn.backbones.base import Build, Input, Rule
-from efficient_attn.backbones.images.pyramid import Distilled
+from efficient_attn.backbones.images.pyramid import Distilled, mean
 from efficient_attn.backbones.images.variants import Variant
 from efficient_attn.blocks import Chain, GridShape, GridStack
 from efficient_attn.config import at_least, require
@@ -126,7 +125,7 @@ class EfficientFormer(Distilled):
 
     def scores(self, x, *, rngs):
         """The mean over the normed places, for each classifier."""
-        x = jnp.mean(self.norm(x).astype(jnp.float32), axis=(1, 2))
+        x = mean(self.norm(x))
         return self.classifier(x), self.student(x)
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 from efficient_attn import attention
 from efficient_attn.attention import Site
 from efficient_attn.backbones.base import Build, Input, Rule
-from efficient_attn.backbones.images.pyramid import Pyramid
+from efficient_attn.backbones.images.pyramid import Pyramid, mean
 from efficient_attn.backbones.images.variants import Variant
 from efficient_attn.blocks import Chain
 from efficient_attn.blocks.context import ContextBlock, ContextStage
@@ -185,7 +185,7 @@ class EfficientVit(Pyramid):
 
     def head(self, x, *, rngs):
         """Logits of the last map, made wide first."""
-        x = jnp.mean(self.wide(x, rngs=rngs).astype(jnp.float32), axis=(1, 2))
+        x = mean(self.wide(x, rngs=rngs))
         x = ACTIVATIONS[self.config.activation](self.hidden_norm(self.hidden(x)))
         return self.classifier(self.dropout(x, deterministic=rngs is None, rngs=rngs))
 

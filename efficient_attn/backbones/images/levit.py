@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from efficient_attn.attention import Site
 from efficient_attn.attention.biased import attend, offsets
 from efficient_attn.backbones.base import Build, Input, Rule
-from efficient_attn.backbones.images.pyramid import Distilled
+from efficient_attn.backbones.images.pyramid import Distilled, mean
 from efficient_attn.backbones.images.variants import Variant
 from efficient_attn.blocks import Chain, GridShape, GridStack
 from efficient_attn.config import at_least, require
@@ -121,7 +121,7 @@ class Levit(Distilled):
 
     def scores(self, x, *, rngs):
         """The mean over the places, normed for each classifier by itself."""
-        x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+        x = mean(x)
         return (
             self.classifier(self.classifier_norm(x, rngs=rngs)),
             self.student(self.student_norm(x, rngs=rngs)),

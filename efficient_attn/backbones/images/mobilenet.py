@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.backbones.base import Build, Input, Rule
-from efficient_attn.backbones.images.pyramid import Pyramid, refuse_attention
+from efficient_attn.backbones.images.pyramid import Pyramid, mean, refuse_attention
 from efficient_attn.backbones.images.variants import Variant
 from efficient_attn.blocks import Chain
 from efficient_attn.blocks.inverted_residual import Inside, InvertedResidual, in_eights
@@ -131,7 +131,7 @@ class MobileNet(Pyramid):
         """Logits, the mean taken before or after the last convolution."""
         if self.config.pool == "before":
             x = jnp.mean(x, axis=(1, 2), keepdims=True)
-        x = jnp.mean(self.last(x, rngs=rngs).astype(jnp.float32), axis=(1, 2))
+        x = mean(self.last(x, rngs=rngs))
         return self.classifier(self.dropout(x, deterministic=rngs is None, rngs=rngs))
 
 

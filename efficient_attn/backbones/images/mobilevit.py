@@ -4,12 +4,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.attention import Site
 from efficient_attn.backbones.base import Build, Input, Rule, block_names
-from efficient_attn.backbones.images.pyramid import Pyramid
+from efficient_attn.backbones.images.pyramid import Pyramid, mean
 from efficient_attn.backbones.images.variants import Variant
 from efficient_attn.blocks import Chain, GridShape
 from efficient_attn.blocks.inverted_residual import Inside, InvertedResidual, in_eights
@@ -153,7 +152,7 @@ class MobileVit(Pyramid):
 
     def head(self, x, *, rngs):
         """Logits of the mean over the places."""
-        x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+        x = mean(x)
         return self.classifier(self.dropout(x, deterministic=rngs is None, rngs=rngs))
 
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from flax import nnx
 
 from efficient_attn.backbones.base import Rule
+from efficient_attn.backbones.images.pyramid import mean
 from efficient_attn.backbones.images.staged import (
     BLOCK,
     STAGE,
     THEIRS,
     Stage,
     Staged,
-    mean,
 )
 from efficient_attn.backbones.images.variants import Variant
 from efficient_attn.blocks import GridShape

@@ -27,6 +27,11 @@ def refuse_attention(name: str, build: Build) -> None:
     )
 
 
+def mean(x: Float[Array, "B h w E"]) -> Float[Array, "B E"]:
+    """Over all places, float32."""
+    return jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+
+
 class Pyramid(Backbone):
     """Images -> stem -> stages, each a map of its own resolution -> logits.
 
@@ -75,7 +80,7 @@ class Pyramid(Backbone):
         self, x: Float[Array, "B h w E"], *, rngs: nnx.Rngs | None
     ) -> Float[Array, "B classes"]:
         """Logits of the last map."""
-        return self.classifier(jnp.mean(x.astype(jnp.float32), axis=(1, 2)))
+        return self.classifier(mean(x))
 
 
 class Distilled(Pyramid):

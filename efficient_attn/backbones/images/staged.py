@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
 
 from efficient_attn.attention import Site
 from efficient_attn.backbones.base import Build, Input
@@ -90,8 +88,3 @@ class Staged(Pyramid):
 
     def check(self, stage: Stage, site: Site, build: Build) -> None:
         """Raise UserError where the stage cannot have this map; by default nothing."""
-
-
-def mean(x: Float[Array, "B h w E"]) -> Float[Array, "B E"]:
-    """Over all places, float32."""
-    return jnp.mean(x.astype(jnp.float32), axis=(1, 2))

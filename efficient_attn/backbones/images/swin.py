@@ -6,12 +6,12 @@ from efficient_attn import attention
 from efficient_attn.attention import Site
 from efficient_attn.attention.window import Window
 from efficient_attn.backbones.base import NATIVE, Build, Rule, block_names
+from efficient_attn.backbones.images.pyramid import mean
 from efficient_attn.backbones.images.staged import (
     BLOCK,
     STAGE,
     Stage,
     Staged,
-    mean,
 )
 from efficient_attn.backbones.images.variants import Variant
 from efficient_attn.blocks import GridShape
