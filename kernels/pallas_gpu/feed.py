@@ -41,7 +41,11 @@ def chunk_of(plan: Plan, step):
 
 
 def feed(plan: Plan, r, interpret):
-    """The memory warpgroup: fills the ring, stage after stage."""
+    """The memory warpgroup: fills the ring, stage after stage.
+
+    Where its loop begins is read from memory. Were it known, a loop of few chunks, as of a sequence
+    in pieces, would be unrolled, and its addresses need more registers than this warpgroup has.
+    """
     stages = plan.stages
 
     def group(ref, h):
@@ -79,6 +83,7 @@ def feed(plan: Plan, r, interpret):
         plgpu.barrier_wait(r.empty.at[lax.rem(step, jnp.int32(stages))])
         return ()
 
-    lax.fori_loop(0, plan.chunks, fill, ())
+    zero = r.numbers[0]
+    lax.fori_loop(zero, plan.chunks, fill, ())
     if interpret:
         lax.fori_loop(max(plan.chunks - stages, 0), plan.chunks, drain, ())
