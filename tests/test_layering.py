@@ -19,6 +19,7 @@ FLOORS = {
     "efficient_attn.evals": 6,
     "efficient_attn.tools": 7,
     "configs": 7,
+    "configs.ablations": 8,
     "train": 8,
     "eval": 8,
 }

@@ -32,13 +32,18 @@ def provenance(experiment: Experiment, program: Program) -> dict[str, Any]:
         "parameters": program.parameters,
         "config_hash": fingerprint(to_dict(experiment)),
         "commit": commit(),
-        "versions": {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "flax": flax.__version__,
-            "device": jax.local_devices()[0].device_kind,
-            "devices": program.mesh.size,
-        },
+        "versions": versions() | {"devices": program.mesh.size},
+    }
+
+
+def versions() -> dict[str, Any]:
+    """What ran it: Python, jax, flax, and the devices."""
+    return {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "device": jax.local_devices()[0].device_kind,
+        "devices": jax.local_device_count(),
     }
 
 

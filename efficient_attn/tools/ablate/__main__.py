@@ -1,0 +1,61 @@
+"""Run a paper's ablation, and write its table and picture with the paper's numbers beside ours.
+
+    python -m efficient_attn.tools.ablate --config=configs/ablations/NAME.py[:ARGUMENT]
+        [--scale=smoke|small|paper] [--seeds=N] [--only=PATTERN] [--workdir=DIR]
+        [--processes=N] [--dry_run]
+
+Finished rows are not run again, and a training that was stopped goes on: the same command may be
+killed and repeated at will. A row that fails is told, and the others go on.
+"""
+
+import argparse
+import ast
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from efficient_attn.config import require
+from efficient_attn.tools.ablate.load import HERE
+from efficient_attn.tools.ablate.run import Asked, ablate
+from efficient_attn.train.flags import run
+
+
+def listing() -> str:
+    """The ablations there are, by the first lines of their docstrings."""
+    lines = ["ablations:"]
+    for path in sorted(HERE.glob("*.py")):
+        about = ast.get_docstring(ast.parse(path.read_text())) or ""
+        lines.append(f"  {path}: {about.partition(chr(10))[0]}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(
+        prog="ablate", description=__doc__, epilog=listing(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--config", help="configs/ablations/NAME.py, or NAME.py:ARGUMENT")
+    parser.add_argument("--scale", default="small", help="smoke, small (the default) or paper")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each row")
+    parser.add_argument("--only", default="*", help="rows whose label matches, such as 'linear*'")
+    parser.add_argument("--workdir", help="runs/ablations/NAME-SCALE unless given")
+    parser.add_argument("--processes", type=int, help="rows at once: one for each GPU, or 1")
+    parser.add_argument("--dry_run", action="store_true", help="rows and costs; nothing is run")
+    given = parser.parse_args(argv[1:])
+    require(given.config is not None, f"name an ablation with --config=FILE\n{listing()}")
+    require(given.seeds > 0, f"--seeds must be at least 1, not {given.seeds}")
+    name = Path(given.config.partition(":")[0]).stem
+    asked = Asked(
+        spec=given.config, scale=given.scale, seeds=given.seeds, only=given.only,
+        workdir=Path(given.workdir or f"runs/ablations/{name}-{given.scale}"),
+        processes=given.processes, dry_run=given.dry_run,
+        command="python -m efficient_attn.tools.ablate " + shlex.join(argv[1:]),
+    )  # fmt: skip
+    if not ablate(asked):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,171 @@
+"""The directory of a sweep, and what stands in it: one record for each finished row and seed."""
+
+import contextlib
+import fcntl
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from efficient_attn.errors import UserError
+from efficient_attn.tools.ablate.sweep import Row, Sweep
+from efficient_attn.train.config import fingerprint
+from efficient_attn.train.workdir import read_json, write_json
+
+WAIT = 120  # seconds that a row waits for the process that was at work on it before
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished row: its numbers, and what is needed to find them again."""
+
+    label: str
+    seed: int
+    overrides: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    seconds: float
+    date: str
+    commit: str | None
+    versions: Mapping[str, Any]
+
+
+class Place:
+    """The files of a sweep below `path`:
+
+    rows/LABEL-HASH/seed-N/   row.json, log.txt, and of a training all that a run has
+    results.jsonl             the records of all finished rows, one a line
+    table.md, figure.png, figure.svg
+    """
+
+    def __init__(self, path: str | Path, sweep: Sweep):
+        self.path, self.sweep = Path(path).expanduser().absolute(), sweep
+        self.results = self.path / "results.jsonl"
+
+    def of(self, row: Row, seed: int) -> Path:
+        """The directory of a row; another config's is another one."""
+        label, overrides = row
+        slug = re.sub(r"[^A-Za-z0-9.=]+", "-", label).strip("-")[:48]
+        mark = fingerprint(self.sweep.runner.identity(overrides))
+        return self.path / "rows" / f"{slug}-{mark}" / f"seed-{seed}"
+
+    def record(self, row: Row, seed: int) -> Record | None:
+        """What is known of a row, None when it has not been finished."""
+        file = self.of(row, seed) / "row.json"
+        return Record(**(read_json(file) | {"label": row[0]})) if file.exists() else None
+
+    def finish(self, row: Row, record: Record) -> None:
+        """Keep a record, whole or not at all."""
+        write_json(self.of(row, record.seed) / "row.json", asdict(record))
+
+    def gather(self, seeds: int) -> list[Record]:
+        """All records of the sweep, which are written to results.jsonl as well."""
+        found = [self.record(row, seed) for row in self.sweep.rows for seed in range(seeds)]
+        records = [record for record in found if record is not None]
+        partial = self.results.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(asdict(record)) + "\n" for record in records))
+        partial.replace(self.results)
+        return records
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keep other sweeps out of the directory.
+
+        Raises:
+            UserError: another process runs a sweep there, or it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--workdir={self.path} cannot be made: {error.strerror}") from None
+        with locked(self.path / ".lock", seconds=0) as got:
+            if not got:
+                raise UserError(f"another process runs the sweep in {self.path}; wait for it")
+            yield
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, seconds: float) -> Iterator[bool]:
+    """Whether the lock was to be had within this time; it is held in the context."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + seconds
+    with path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() < until:
+                    time.sleep(0.1)
+                    continue
+                yield False
+                return
+            yield True
+            return
+
+
+class Missing(KeyError):
+    """A claim asks for a row or a metric that has no result."""
+
+
+class Results:
+    """The numbers of a sweep: means over the seeds that there are."""
+
+    def __init__(self, rows: Sequence[Row], records: Sequence[Record]):
+        self.rows, self.records = list(rows), list(records)
+
+    def values(self, label: str, metric: str) -> list[Any]:
+        """One value for each seed; empty where there is none."""
+        found = [r.metrics.get(metric) for r in self.records if r.label == label]
+        return [value for value in found if value is not None]
+
+    def mean(self, label: str, metric: str) -> Any:
+        """The mean over the seeds: a number, or an array where the metric is a curve.
+
+        Raises:
+            Missing: the row has no such number.
+        """
+        values = self.values(label, metric)
+        if not values:
+            raise Missing(f"{label} has no {metric}")
+        mean = np.mean(np.asarray(values, np.float64), axis=0)
+        return float(mean) if mean.ndim == 0 else mean
+
+    def deviation(self, label: str, metric: str) -> float | None:
+        """The standard deviation over the seeds, None with fewer than two."""
+        values = self.values(label, metric)
+        return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+    def labels(self, where: Mapping[str, Any] | None = None) -> list[str]:
+        """The rows that have these options, in the sweep's order."""
+        wanted = (where or {}).items()
+        return [
+            label for label, options in self.rows if all(options.get(k) == v for k, v in wanted)
+        ]
+
+    def each(self, metric: str, where: Mapping[str, Any] | None = None) -> dict[str, float]:
+        """The mean of every row that has these options.
+
+        Raises:
+            Missing: one of them has no such number.
+        """
+        return {label: self.mean(label, metric) for label in self.labels(where)}
+
+    def curve(
+        self, x: str, y: str, where: Mapping[str, Any] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The metric y over the option (or metric) x of the rows that have these options, by x.
+
+        Raises:
+            Missing: one of them has no such number.
+        """
+        options = dict(self.rows)
+        points = sorted(
+            (options[label].get(x, None) if x in options[label] else self.mean(label, x),
+             self.mean(label, y))
+            for label in self.labels(where)
+        )  # fmt: skip
+        return np.array([a for a, _ in points]), np.array([b for _, b in points])

@@ -1,0 +1,138 @@
+"""table.md of a sweep: ours beside the paper's, its claims, and what was not run."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from efficient_attn.tools.ablate.results import Missing, Results
+from efficient_attn.tools.ablate.sweep import Claim, Column, Scale, Sweep
+from efficient_attn.tools.table import row
+
+ABSENT = "not run"
+
+
+class Verdict(NamedTuple):
+    """Whether a claim holds; None with the reason why it was not judged."""
+
+    claim: Claim
+    holds: bool | None
+    why: str = ""
+
+    def __str__(self) -> str:
+        said = {True: "holds", False: "does not hold", None: f"not judged: {self.why}"}
+        return said[self.holds]
+
+
+def judge(sweep: Sweep, results: Results, scale: Scale) -> list[Verdict]:
+    """Every claim of the paper on our numbers."""
+    return [_judge(claim, results, scale) for claim in sweep.claims]
+
+
+def _judge(claim: Claim, results: Results, scale: Scale) -> Verdict:
+    if scale == "smoke":
+        return Verdict(claim, None, "smoke only shows that it runs")
+    try:
+        return Verdict(claim, bool(claim.holds(results)))
+    except Missing as missing:
+        return Verdict(claim, None, str(missing.args[0]))
+
+
+def render(
+    sweep: Sweep, results: Results, *, scale: Scale, command: str, failures: Mapping[str, str]
+) -> str:
+    """The whole of table.md."""
+    lines = [f"# {sweep.title}", "", f"{sweep.source}. Scale: {scale}.", "", f"    {command}", ""]
+    if sweep.note:
+        lines += [sweep.note, ""]
+    if sweep.panels:
+        lines += [f"![{sweep.title}](figure.svg)", ""]
+    lines += [_rows(sweep, results), ""]
+    if sweep.grid:
+        lines += [_grid(sweep, results, *sweep.grid), ""]
+    if sweep.claims:
+        lines += [row(["the paper's claim", "ours"]), row(["---", "---"])]
+        lines += [row([v.claim.text, str(v)]) for v in judge(sweep, results, scale)]
+        lines.append("")
+    if failures:
+        lines += ["Failed:", "", *(f"- `{label}`: {why}" for label, why in failures.items()), ""]
+    lines.append(_origin(results))
+    return "\n".join(lines) + "\n"
+
+
+def _rows(sweep: Sweep, results: Results) -> str:
+    """One line for each row; a column with published numbers takes three."""
+    head, kinds = ["row"], ["---"]
+    told = {c.metric for c in sweep.columns if any(c.metric in p for p in sweep.published.values())}
+    for column in sweep.columns:
+        wide = column.metric in told
+        head += [column.heading, *(["paper", "difference"] if wide else [])]
+        kinds += ["--:"] * (3 if wide else 1)
+    lines = [row(head), row(kinds)]
+    for label, _ in sweep.rows:
+        cells = [f"`{label}`"]
+        for column in sweep.columns:
+            published = sweep.published.get(label, {}).get(column.metric)
+            cells += _cells(results, label, column, published)[: 3 if column.metric in told else 1]
+        lines.append(row(cells))
+    return "\n".join(lines)
+
+
+def _cells(
+    results: Results, label: str, column: Column, published: float | None
+) -> tuple[str, str, str]:
+    """Ours with its deviation, the paper's, the difference."""
+    theirs = "" if published is None else column.show(published)
+    if not results.values(label, column.metric):
+        ran = any(record.label == label for record in results.records)
+        return ("" if ran else ABSENT), theirs, ""
+    mean, deviation = results.mean(label, column.metric), results.deviation(label, column.metric)
+    ours = column.show(mean)
+    if deviation is not None:
+        ours += f" ± {Column('', '', column.factor, 2).show(deviation)}"
+    if published is None:
+        return ours, "", ""
+    difference = column.show(mean - published)
+    return ours, theirs, difference if difference.startswith("-") else f"+{difference}"
+
+
+def _grid(sweep: Sweep, results: Results, down: str, across: str) -> str:
+    """The first column's metric over two options; the paper's in brackets."""
+    column, options = sweep.columns[0], dict(sweep.rows)
+    lefts = _in_order([o[down] for o in options.values() if down in o and across in o])
+    tops = _in_order([o[across] for o in options.values() if down in o and across in o])
+    lines = [row([f"{column.heading} by {down} and {across}", *map(str, tops)])]
+    lines.append(row(["---", *["--:"] * len(tops)]))
+    for left in lefts:
+        cells = []
+        for top in tops:
+            labels = results.labels({down: left, across: top})
+            published = sweep.published.get(labels[0], {}).get(column.metric) if labels else None
+            ours, theirs, _ = _cells(results, labels[0], column, published) if labels else [""] * 3
+            cells.append(f"{ours} ({theirs})" if theirs else ours)
+        lines.append(row([str(left), *cells]))
+    return "\n".join(lines)
+
+
+def _in_order(values: Sequence) -> list:
+    return list(dict.fromkeys(values))
+
+
+def _origin(results: Results) -> str:
+    """Where the numbers come from: dates, commits, devices, seeds."""
+    records = results.records
+    if not records:
+        return "No row has been run."
+    dates = sorted(record.date[:10] for record in records)
+    days = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    commits = _in_order([(record.commit or "no commit")[:12] for record in records])
+    devices = _in_order(
+        [
+            f"{r.versions['devices']} x {r.versions['device']}, jax {r.versions['jax']}"
+            for r in records
+        ]
+    )
+    seeds = len({record.seed for record in records})
+    seconds = sum(record.seconds for record in records)
+    return (
+        f"{days}; commit {', '.join(commits)}; {'; '.join(devices)}; "
+        f"{seeds} seed{'s' * (seeds > 1)}; {len(records)} runs, {seconds:,.0f} s in all."
+    )
