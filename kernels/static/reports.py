@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,16 @@ def read_sass(text: str) -> Figures:
     """Tensor core instructions, and loads and stores of local memory, out of a disassembly."""
     count = lambda pattern: len(re.findall(pattern, text))  # noqa: E731
     return {"hgmma": count(r"\bHGMMA\b"), "local": count(r"\b(?:LDL|STL)\b")}
+
+
+def read_launch(passes: Iterable[str]) -> int:
+    """Bytes of shared memory that a kernel is launched with, out of the lines of Mosaic's passes.
+
+    (Its *.resources.txt are numbered in another order than what is compiled.)
+    """
+    size = r"dynamic_shared_memory_size %c(\d+)_i32"
+    sizes = (int(found[1]) for line in passes if (found := re.search(size, line)))
+    return next(sizes, 0)
 
 
 def read_profile(text: str) -> dict[str, int]:
@@ -79,10 +90,8 @@ def gpu_figures(folder: Path) -> Report:
         figures = read_ptxas(file.read_text())
         for sass in folder.glob(f"{file.stem}.sass*"):
             figures |= read_sass(sass.read_text())
-        resources = folder / f"{file.stem}.resources.txt"
-        if resources.exists():
-            found = re.search(r"smem_scratch_bytes=(\d+)", resources.read_text())
-            figures["shared"] = int(found[1]) if found else 0
+        with (folder / f"{file.stem}.mlir-passes.log").open() as passes:
+            figures["shared"] = read_launch(passes)
         report[file.stem] = figures
     return report
 

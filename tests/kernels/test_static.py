@@ -30,6 +30,11 @@ SASS = """\
  /*0a50*/  LDL.LU R3, [R1+0x4] ;
  /*0a60*/  UTMALDG.3D [UR16], [UR4] ;
 """
+LAUNCH = """\
+      %3 = gpu.launch async [%1] blocks(%4) in (%5 = %6) dynamic_shared_memory_size %7 {
+      %3 = gpu.launch async [%1] blocks(%4) in (%5 = %c2) dynamic_shared_memory_size %c147456_i32 {
+      %3 = gpu.launch async [%1] blocks(%4) in (%5 = %c2) dynamic_shared_memory_size %c147456_i32 {
+"""
 PROFILE = """\
 hlo_op_estimate {
   hlo_op_name: "f.1"
@@ -102,7 +107,7 @@ def test_memory_of_the_pallas_calls_alone():
 def test_a_gpu_kernel_is_put_together_from_its_dumps(tmp_path):
     (tmp_path / "body_0.ptxas").write_text(PTXAS)
     (tmp_path / "body_0.sass_ctrl").write_text(SASS)
-    (tmp_path / "body_0.resources.txt").write_text("Resources(smem_scratch_bytes=147456, tmem=0)")
+    (tmp_path / "body_0.mlir-passes.log").write_text(LAUNCH)
     report = reports.gpu_figures(tmp_path)
     assert list(report) == ["body_0"]
     assert report["body_0"]["shared"] == 147456
