@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from efficient_attn.errors import UserError
-from efficient_attn.tools.ablate.sweep import Row, Sweep
+from efficient_attn.tools.ablate.sweep import Number, Row, Sweep
 from efficient_attn.train.config import fingerprint
 from efficient_attn.train.workdir import read_json, write_json
 
@@ -28,7 +28,7 @@ class Record:
     seed: int
     overrides: Mapping[str, Any]
     metrics: Mapping[str, Any]
-    seconds: float
+    seconds: Number
     date: str
     commit: str | None
     versions: Mapping[str, Any]
@@ -89,7 +89,7 @@ class Place:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, seconds: float) -> Iterator[bool]:
+def locked(path: Path, *, seconds: Number) -> Iterator[bool]:
     """Whether the lock was to be had within this time; it is held in the context."""
     path.parent.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + seconds

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -51,10 +52,7 @@ def ablate(asked: Asked, console: Console | None = None) -> bool:
         return True
     failures = _unequal(sweep, chosen)
     with place.hold():
-        about = asdict(asked) | {"workdir": str(asked.workdir)}
-        write_json(
-            place.path / "sweep.json", about | {"title": sweep.title, "source": sweep.source}
-        )
+        write_json(place.path / "sweep.json", _about(asked, sweep))
         tasks = [
             (index, seed)
             for seed in range(asked.seeds)
@@ -113,12 +111,28 @@ def _run(
         return pool.run(left, told=told, tick=lambda: display.tick(pool.busy()))
 
 
+def _about(asked: Asked, sweep: Sweep) -> dict[str, Any]:
+    """What sweep.json has while the rows run; its claims and failures come when they have ended."""
+    return asdict(asked) | {
+        "workdir": str(asked.workdir),
+        "title": sweep.title,
+        "source": sweep.source,
+        "rows": [label for label, _ in sweep.rows],
+    }
+
+
 def _write(asked: Asked, place: Place, results: Results, failures: dict[str, str]) -> None:
     text = table.render(
         place.sweep, results, scale=asked.scale, command=asked.command, failures=failures
     )
     (place.path / "table.md").write_text(text)
     picture.draw(place.sweep, results, place.path)
+    claims = [
+        {"text": verdict.claim.text, "holds": verdict.holds, "why": verdict.why}
+        for verdict in table.judge(place.sweep, results, asked.scale)
+    ]
+    ended = {"claims": claims, "failures": failures}
+    write_json(place.path / "sweep.json", _about(asked, place.sweep) | ended)
 
 
 def _conclude(

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from efficient_attn.config import require
 
@@ -14,6 +14,7 @@ Scale = Literal["smoke", "small", "paper"]
 SCALES: tuple[Scale, ...] = ("smoke", "small", "paper")
 Metrics = Mapping[str, Any]
 """Numbers by name; a list of numbers is a curve."""
+Number = int | float
 Row = tuple[str, Mapping[str, Any]]
 """A label and what the row overrides."""
 
@@ -25,6 +26,7 @@ class Cost(NamedTuple):
     multiply_adds: int
 
 
+@runtime_checkable
 class Runner(Protocol):
     """How a row gets its numbers: `Training` or `Measuring`."""
 
@@ -47,10 +49,10 @@ class Column:
 
     metric: str
     heading: str
-    factor: float = 1.0
+    factor: Number = 1
     digits: int = 4
 
-    def show(self, value: float) -> str:
+    def show(self, value: Number) -> str:
         """The number in the table's unit: no exponent, thousands apart."""
         value = value * self.factor
         if value == int(value) and abs(value) < 1e15:
@@ -112,7 +114,7 @@ class Sweep:
     rows: Sequence[Row]
     runner: Runner
     columns: Sequence[Column]
-    published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    published: Mapping[str, Mapping[str, Number]] = field(default_factory=dict)
     claims: Sequence[Claim] = ()
     panels: Sequence[Panel] = ()
     grid: tuple[str, str] | None = None

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from efficient_attn.tools.ablate.results import Missing, Results
-from efficient_attn.tools.ablate.sweep import Claim, Column, Scale, Sweep
+from efficient_attn.tools.ablate.sweep import Claim, Column, Number, Scale, Sweep
 from efficient_attn.tools.table import row
 
 ABSENT = "not run"
@@ -77,7 +77,7 @@ def _rows(sweep: Sweep, results: Results) -> str:
 
 
 def _cells(
-    results: Results, label: str, column: Column, published: float | None
+    results: Results, label: str, column: Column, published: Number | None
 ) -> tuple[str, str, str]:
     """Ours with its deviation, the paper's, the difference."""
     theirs = "" if published is None else column.show(published)

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from efficient_attn.errors import UserError
 from efficient_attn.tools.ablate.results import WAIT, Place, Record, locked
-from efficient_attn.tools.ablate.sweep import Row
+from efficient_attn.tools.ablate.sweep import Number, Row
 
 
 class Outcome(NamedTuple):
@@ -49,7 +49,7 @@ def perform(place: Place, row: Row, seed: int) -> Outcome:
         return Outcome("done")
 
 
-def _record(label: str, seed: int, overrides, metrics, seconds: float) -> Record:
+def _record(label: str, seed: int, overrides, metrics, seconds: Number) -> Record:
     from efficient_attn.train.result import commit, versions
 
     return Record(
