@@ -2,6 +2,7 @@
 
 from efficient_attn.tools.ablate.results import Results
 from efficient_attn.tools.ablate.runners import Measuring, Training
+from efficient_attn.tools.ablate.smoke import at_smoke
 from efficient_attn.tools.ablate.sweep import (
     Claim,
     Column,
@@ -22,5 +23,6 @@ __all__ = [
     "Scale",
     "Sweep",
     "Training",
+    "at_smoke",
     "attentions",
 ]

@@ -1,0 +1,18 @@
+"""The config of a training at scale "smoke": it shows that the sweep runs, and nothing else."""
+
+from typing import Any
+
+TINY = {"depth": 1, "width": 16, "heads": 2}
+EXAMPLES = {"train": 64, "validation": 16, "test": 16}
+
+
+def at_smoke(config: Any) -> Any:
+    """Change the config to 4 steps of 8 examples and, of a model with these options, one layer of
+    width 16 with 2 heads; what is generated, to 96 examples. Returns the config."""
+    config.data.batch_size = 8
+    for generated in ("listops", "probes", "pathfinder"):
+        config.data[generated].update(EXAMPLES)
+    config.model.update({name: size for name, size in TINY.items() if name in config.model})
+    config.train.update({"steps": 4, "eval_every": 4, "log_every": 2, "eval_batch_size": 16})
+    config.optimizer.warmup = 1
+    return config

@@ -1,0 +1,1 @@
+"""What ablations measure: functions of options that return numbers by name."""
