@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
 from efficient_attn.tools.ablate.results import Missing, Results
-from efficient_attn.tools.ablate.sweep import Panel, Sweep
+from efficient_attn.tools.ablate.sweep import Number, Panel, Sweep
 
 MARKERS = "osD^vPX*<>"
 STYLE: dict[Any, Any] = {
@@ -110,7 +110,7 @@ def _lines(panel: Panel, results: Results, axes: Any) -> None:
         axes.legend(title=", ".join(panel.by))
 
 
-def _x(name: str, label: str, options: Any, results: Results) -> float:
+def _x(name: str, label: str, options: Any, results: Results) -> Number:
     return options[label][name] if name in options[label] else results.mean(label, name)
 
 
