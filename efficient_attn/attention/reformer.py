@@ -202,8 +202,11 @@ class Reformer(Mixer):
         return self.config.eval_rounds or self.config.rounds
 
     def _draw(self, count):
-        """[R, H, D, directions]: for every round, head and part its own."""
-        directions = sum(part // 2 for part in _parts(self.config, self.site))
+        """[R, H, D, directions]: for every round, head and part its own.
+
+        Never none, which could not be saved: of one bucket it is there but not used.
+        """
+        directions = max(1, sum(part // 2 for part in _parts(self.config, self.site)))
         rounds = max(self.config.rounds, self._eval_rounds)
         shape = (rounds, self.site.heads, self.site.head_dim, directions)
         key = jax.random.fold_in(jax.random.wrap_key_data(self.key[...]), count)
