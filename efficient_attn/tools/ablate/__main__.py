@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from efficient_attn.config import require
+from efficient_attn.errors import UserError, unknown
 from efficient_attn.tools.ablate.load import HERE
 from efficient_attn.tools.ablate.run import Asked, ablate
+from efficient_attn.tools.ablate.sweep import SCALES
 from efficient_attn.train.flags import run
 
 
@@ -34,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(
         prog="ablate", description=__doc__, epilog=listing(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter, exit_on_error=False,
     )  # fmt: skip
     parser.add_argument("--config", help="configs/ablations/NAME.py, or NAME.py:ARGUMENT")
     parser.add_argument("--scale", default="small", help="smoke, small (the default) or paper")
@@ -43,18 +45,30 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--workdir", help="runs/ablations/NAME-SCALE unless given")
     parser.add_argument("--processes", type=int, help="rows at once: one for each GPU, or 1")
     parser.add_argument("--dry_run", action="store_true", help="rows and costs; nothing is run")
-    given = parser.parse_args(argv[1:])
-    require(given.config is not None, f"name an ablation with --config=FILE\n{listing()}")
+    given, strange = _parse(parser, argv[1:])
+    require(not strange, f"unknown flag {' '.join(strange)}; see --help")
+    require(bool(given.config), f"name an ablation with --config=FILE\n{listing()}")
+    if given.scale not in SCALES:
+        raise unknown("scale", given.scale, SCALES)
     require(given.seeds > 0, f"--seeds must be at least 1, not {given.seeds}")
+    processes = given.processes
+    require(processes is None or processes >= 0, f"--processes={processes} must be 0 or more")
     name = Path(given.config.partition(":")[0]).stem
     asked = Asked(
         spec=given.config, scale=given.scale, seeds=given.seeds, only=given.only,
         workdir=Path(given.workdir or f"runs/ablations/{name}-{given.scale}"),
-        processes=given.processes, dry_run=given.dry_run,
+        processes=processes, dry_run=given.dry_run,
         command="python -m efficient_attn.tools.ablate " + shlex.join(argv[1:]),
     )  # fmt: skip
     if not ablate(asked):
         sys.exit(1)
+
+
+def _parse(parser: argparse.ArgumentParser, words: Sequence[str]):
+    try:
+        return parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -66,11 +66,12 @@ def _have(results: Results, labels: Sequence[str], *metrics: str) -> list[str]:
 def _bars(panel: Panel, sweep: Sweep, results: Results, axes: Any) -> None:
     labels = _have(results, results.labels(panel.where), panel.y)
     places = np.arange(len(labels))[::-1]
+    means = [results.mean(label, panel.y) for label in labels]
     errors = [results.deviation(label, panel.y) or 0.0 for label in labels]
-    axes.barh(
-        places, [results.mean(label, panel.y) for label in labels], xerr=errors, height=0.6,
-        color="C0", label="ours",
-    )  # fmt: skip
+    if panel.points:
+        axes.errorbar(means, places, xerr=errors, fmt="C0o", capsize=2, label="ours")
+    else:
+        axes.barh(places, means, xerr=errors, height=0.6, color="C0", label="ours")
     told = [
         (y, sweep.published.get(x, {}).get(panel.y)) for x, y in zip(labels, places, strict=True)
     ]

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from efficient_attn.tools.ablate.results import Place
+from efficient_attn.tools.ablate.sweep import Scale
 from efficient_attn.tools.ablate.worker import Outcome, perform, work
 from efficient_attn.train.signals import StopRequest
 
@@ -46,14 +48,14 @@ class _Worker:
 class Pool:
     """`processes` workers for the tasks of a sweep."""
 
-    def __init__(self, place: Place, spec: str, scale: str, processes: int):
+    def __init__(self, place: Place, spec: str, scale: Scale, processes: int):
         self.place, self.spec, self.scale = place, spec, scale
         self.devices = accelerators()
         self.context = multiprocessing.get_context("spawn")
         self.workers: list[_Worker | None] = [None] * processes
 
-    def run(self, tasks: Sequence[Task], *, told: Told, tick: Callable[[], None]) -> bool:
-        """Run all tasks, telling of each that ends; False when a signal stopped the sweep.
+    def run(self, tasks: Sequence[Task], *, told: Told, tick: Callable[[], None]) -> None:
+        """Run all tasks, telling of each that ends, or until a signal stops the sweep.
 
         `tick` is called about once a second.
         """
@@ -62,16 +64,15 @@ class Pool:
             try:
                 while waiting or any(w and w.task for w in self.workers):
                     if stop.received:
-                        self._stop(told)
-                        return False
+                        self._stop(told, stop)
+                        return
                     for slot, worker in enumerate(self.workers):
                         if waiting and (worker is None or worker.task is None):
                             self._give(slot, waiting.pop())
-                    self._listen(told)
+                    self._listen(told, stop)
                     tick()
             finally:
                 self._close()
-        return True
 
     def busy(self) -> list[tuple[Task, float]]:
         """The tasks at work, and when they began (`time.perf_counter`)."""
@@ -90,35 +91,47 @@ class Pool:
         worker.task, worker.began = task, time.perf_counter()
         worker.pipe.send(task)
 
-    def _listen(self, told: Told, timeout: float = 1.0) -> None:
-        """Take in what the workers say within `timeout` seconds, and who of them has died."""
+    def _listen(self, told: Told, stop: StopRequest) -> None:
+        """Take in what the workers say within a second, and who of them has died.
+
+        Ctrl-C reaches the workers as well: one that has died of it has not failed.
+        """
         pipes = {w.pipe: slot for slot, w in enumerate(self.workers) if w and w.task}
-        for pipe in connection.wait(list(pipes), timeout):
+        for pipe in connection.wait(list(pipes), timeout=1.0):
             slot = pipes[pipe]  # type: ignore[index]
             worker = self.workers[slot]
             assert worker is not None and worker.task is not None
             try:
                 outcome = worker.pipe.recv()
-            except EOFError:
+            except (EOFError, ConnectionError):  # the latter where it died with a task unread
                 worker.process.join()
-                code = worker.process.exitcode
-                ended = f"signal {-code}" if code < 0 else f"exit code {code}"
-                outcome = Outcome("failed", f"the process ended with {ended}")
+                why = f"the process ended with {_ending(worker.process.exitcode)}"
+                outcome = Outcome("stopped") if stop.received else Outcome("failed", why)
                 self.workers[slot] = None
             task, worker.task = worker.task, None
             told(task, outcome)
 
-    def _stop(self, told: Told) -> None:
+    def _stop(self, told: Told, stop: StopRequest) -> None:
         """Ask the workers to save and stop, and wait until they have."""
         for worker in self.workers:
             if worker and worker.task:
                 worker.process.terminate()
         while any(w and w.task for w in self.workers):
-            self._listen(lambda task, outcome: told(task, Outcome("stopped")))
+            self._listen(told, stop)
 
     def _close(self) -> None:
         for worker in self.workers:
             if worker:
                 worker.pipe.close()
+        for worker in self.workers:
+            if worker:
                 worker.process.join(timeout=10)
                 worker.process.kill()
+
+
+def _ending(code: int) -> str:
+    """How a process ended, by its exit code as `multiprocessing` has it."""
+    if code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name
+    return name + " (out of memory?)" * (name == "SIGKILL")

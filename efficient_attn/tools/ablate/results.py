@@ -47,11 +47,21 @@ class Place:
         self.results = self.path / "results.jsonl"
 
     def of(self, row: Row, seed: int) -> Path:
-        """The directory of a row; another config's is another one."""
+        """The directory of a row; another config's is another one.
+
+        Raises:
+            UserError: the row overrides what there is not.
+        """
+        return self._of(row) / f"seed-{seed}"
+
+    def _of(self, row: Row) -> Path:
         label, overrides = row
         slug = re.sub(r"[^A-Za-z0-9.=]+", "-", label).strip("-")[:48]
-        mark = fingerprint(self.sweep.runner.identity(overrides))
-        return self.path / "rows" / f"{slug}-{mark}" / f"seed-{seed}"
+        try:
+            mark = fingerprint(self.sweep.runner.identity(overrides))
+        except UserError as error:
+            raise UserError(f"row {label}: {error}") from None
+        return self.path / "rows" / f"{slug}-{mark}"
 
     def record(self, row: Row, seed: int) -> Record | None:
         """What is known of a row, None when it has not been finished."""
@@ -62,9 +72,13 @@ class Place:
         """Keep a record, whole or not at all."""
         write_json(self.of(row, record.seed) / "row.json", asdict(record))
 
-    def gather(self, seeds: int) -> list[Record]:
-        """All records of the sweep, which are written to results.jsonl as well."""
-        found = [self.record(row, seed) for row in self.sweep.rows for seed in range(seeds)]
+    def gather(self) -> list[Record]:
+        """All records of the sweep's rows, which are written to results.jsonl as well."""
+        seeds = {
+            int(path.parent.name.removeprefix("seed-"))
+            for path in self.path.glob("rows/*/seed-*/row.json")
+        }
+        found = [self.record(row, seed) for row in self.sweep.rows for seed in sorted(seeds)]
         records = [record for record in found if record is not None]
         partial = self.results.with_suffix(".partial")
         partial.write_text("".join(json.dumps(asdict(record)) + "\n" for record in records))

@@ -78,6 +78,7 @@ class Panel:
     line: a metric drawn as a line beside the points of y, such as a closed form.
     log: "x", "y", "xy" or "".
     where: options that the panel's rows have.
+    points: with x="label" points in place of bars, and the axis begins near them, not at 0.
     draw: draws instead of all that, on matplotlib axes.
     """
 
@@ -87,6 +88,7 @@ class Panel:
     line: str = ""
     log: str = ""
     where: Mapping[str, Any] = field(default_factory=dict)
+    points: bool = False
     xlabel: str = ""
     ylabel: str = ""
     title: str = ""

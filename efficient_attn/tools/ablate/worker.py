@@ -1,5 +1,6 @@
 """One row of a sweep, in a process of its own or in this one."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -8,11 +9,12 @@ import time
 import traceback
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from efficient_attn.errors import UserError
 from efficient_attn.tools.ablate.results import WAIT, Place, Record, locked
-from efficient_attn.tools.ablate.sweep import Number, Row
+from efficient_attn.tools.ablate.sweep import Number, Row, Scale
 
 
 class Outcome(NamedTuple):
@@ -37,15 +39,15 @@ def perform(place: Place, row: Row, seed: int) -> Outcome:
         began = time.perf_counter()
         try:
             metrics = place.sweep.runner(overrides, seed=seed, path=path)
+            if metrics is None:
+                return Outcome("stopped")
+            seconds = metrics.get("seconds", time.perf_counter() - began)
+            place.finish(row, _record(label, seed, overrides, metrics, seconds))
         except UserError as error:
             return Outcome("failed", str(error))
         except Exception as error:  # the sweep goes on; the log has the rest
             traceback.print_exc()
             return Outcome("failed", f"{type(error).__name__}: {error}".splitlines()[0])
-        if metrics is None:
-            return Outcome("stopped")
-        seconds = metrics.get("seconds", time.perf_counter() - began)
-        place.finish(row, _record(label, seed, overrides, metrics, seconds))
         return Outcome("done")
 
 
@@ -68,7 +70,7 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def work(connection: Connection, spec: str, scale: str, path: str, device: str | None) -> None:
+def work(connection: Connection, spec: str, scale: Scale, path: str, device: str | None) -> None:
     """The life of a worker process: rows come in as (index, seed), outcomes go out.
 
     The config is loaded here again, since functions in it cannot be sent. What a row prints goes to
@@ -78,7 +80,7 @@ def work(connection: Connection, spec: str, scale: str, path: str, device: str |
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     from efficient_attn.tools.ablate.load import load
 
-    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_leave_with_the_parent, daemon=True).start()
     sweep = load(spec, scale)
     place = Place(path, sweep)
     try:
@@ -93,15 +95,17 @@ def work(connection: Connection, spec: str, scale: str, path: str, device: str |
         sys.exit(130)
 
 
-def _leave_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
+def _leave_with_the_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _print_to(path) -> None:
+def _print_to(path: Path) -> None:
     """Standard output and error go to the end of log.txt, those of libraries too."""
     path.mkdir(parents=True, exist_ok=True)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # written as it is said
     with (path / "log.txt").open("a") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
