@@ -25,10 +25,13 @@ def state_bytes(expression: str, site: Site, *, depth: int, length: int) -> floa
 
 
 def state_of_run(path: Path) -> dict[str, float]:
-    """{"state_bytes": ...} of a run on `probes`, after a whole sequence."""
+    """{"state_bytes": ...} of a causal model, of a run on `probes` or text, after a whole context.
+
+    Raises:
+        UserError: a mechanism that does not decode.
+    """
     run = read_json(path / "config.json")
-    model, length = run["model"], run["data"]["probes"]["length"]
+    model, data = run["model"], run["data"]
+    length = data["probes"]["length"] if data["name"] == "probes" else data["text"]["max_len"]
     site = Site(width=model["width"], heads=model["heads"], seq=length)
-    return {
-        "state_bytes": state_bytes(run["attention"], site, depth=model["depth"], length=length)
-    }
+    return {"state_bytes": state_bytes(run["attention"], site, depth=model["depth"], length=length)}
