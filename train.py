@@ -4,7 +4,8 @@ r"""Train a model, or go on with a run that was stopped.
     python train.py --config=configs/digits.py --workdir=runs/linformer \
         --config.attention='linformer(rank=8)' --config.model.heads=2
 
-Ctrl-C and SIGTERM save and stop; the same command goes on from there.
+Ctrl-C and SIGTERM save and stop; the same command goes on from there. What is compiled is kept in
+~/.cache/efficient_attn/xla ($XDG_CACHE_HOME), unless JAX_ENABLE_COMPILATION_CACHE=false.
 """
 
 from collections.abc import Sequence
@@ -57,8 +58,10 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("say where the run goes, for example --workdir=runs/digits")
     else:
         experiment = configs.resolve(config)
+        from efficient_attn.train.compilation import keep_compiled
         from efficient_attn.train.loop import train
 
+        keep_compiled()
         train(experiment, given["workdir"], replace=given["replace"])
 
 

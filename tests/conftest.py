@@ -12,6 +12,7 @@ os.environ.setdefault(
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # that of a user stays theirs
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

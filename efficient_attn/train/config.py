@@ -7,6 +7,7 @@ and `resolve` turns it into an `Experiment`, strictly.
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -132,6 +133,8 @@ class Experiment:
         a published network's own.
     backend: of the kernels: auto, xla, pallas or cudnn.
     model: "name" of the backbone, or of a published network, and its options.
+    profile: the steps to trace into profile/ of the run's directory, as "FIRST:LAST", both traced,
+        such as "10:15"; "" traces none. It decides nothing, and may change when a run goes on.
     """
 
     seed: int = 0
@@ -142,6 +145,7 @@ class Experiment:
     train: Train = Train()
     optimizer: Optimizer = Optimizer()
     distill: Distill = Distill()
+    profile: str = ""
 
     def __post_init__(self):
         at_least(self, 0, "seed")
@@ -152,6 +156,7 @@ class Experiment:
             self.optimizer.schedule != "cosine" or warmup < steps,
             f"optimizer.warmup ({warmup}) must be less than train.steps ({steps})",
         )
+        traced(self)
 
 
 def base() -> ConfigDict:
@@ -169,9 +174,31 @@ def resolve(config: ConfigDict | Mapping[str, Any]) -> Experiment:
     return strict.build(Experiment, options, where="config")
 
 
+def traced(experiment: Experiment) -> range:
+    """The steps that `profile` names.
+
+    Raises:
+        UserError: it does not name steps of the run.
+    """
+    text, last = experiment.profile, experiment.train.steps
+    if not text:
+        return range(0)
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    require(found is not None, f"profile must be steps FIRST:LAST such as '10:15', not {text!r}")
+    assert found is not None
+    steps = range(int(found[1]), int(found[2]) + 1)
+    require(
+        0 < steps.start < steps.stop <= last + 1,
+        f"profile={text!r} must be steps of the run in order, from 1 to train.steps ({last})",
+    )
+    return steps
+
+
 def to_dict(experiment: Experiment) -> dict[str, Any]:
-    """The experiment as JSON has it; `resolve` takes it back."""
-    return json.loads(json.dumps(dataclasses.asdict(experiment)))
+    """The experiment as JSON has it, but for `profile`; `resolve` takes it back."""
+    content = json.loads(json.dumps(dataclasses.asdict(experiment)))
+    del content["profile"]
+    return content
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:

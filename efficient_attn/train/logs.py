@@ -85,11 +85,18 @@ class Display:
         if not self._bar.disable:
             self._bar.update(self._task, completed=step)
 
-    def log(self, step: int, metrics: Mapping[str, float], *, speed: float | None) -> None:
-        """Show the metrics of a log line; `speed` is in steps per second, None if unknown yet."""
+    def log(
+        self, step: int, metrics: Mapping[str, float], *, speed: float | None, wait: float | None
+    ) -> None:
+        """Show the metrics of a log line.
+
+        speed: steps per second, None if unknown yet.
+        wait: the share of the time in which the loop waited for batches, None as well.
+        """
         numbers, eta = headline(metrics), ""
-        if speed is not None:
+        if speed is not None and wait is not None:
             numbers += f"  {speed:.1f} steps/s  {speed * self._batch_size:.0f} examples/s"
+            numbers += f"  input {100 * wait:.1f} %"
             minutes, seconds = divmod(round((self._steps - step) / speed), 60)
             eta = f"  eta {minutes}:{seconds:02d}"
         if self._bar.disable:

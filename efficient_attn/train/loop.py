@@ -20,13 +20,14 @@ from efficient_attn.evals.predict import evaluate
 from efficient_attn.train import optimizers
 from efficient_attn.train import teacher as teachers
 from efficient_attn.train.checkpoint import Checkpoints, full_disk_is_told
-from efficient_attn.train.config import Experiment, to_dict
+from efficient_attn.train.config import Experiment, to_dict, traced
 from efficient_attn.train.curves import draw
 from efficient_attn.train.logs import Display, Metrics
 from efficient_attn.train.program import Batch, Program, build, complete, to_host
 from efficient_attn.train.result import describe, provenance
 from efficient_attn.train.signals import StopRequest
 from efficient_attn.train.task import derived, headline, score
+from efficient_attn.train.tracing import Tracer
 from efficient_attn.train.workdir import Workdir, read_json, write_json
 
 
@@ -93,6 +94,7 @@ class Loop:
         self.best: dict[str, Any] | None = None
         self.validation: dict[str, float] | None = None
         self.warned = False
+        self.tracer = Tracer(traced(experiment), workdir.profile)
         self._began = time.perf_counter()
         notes = self._restore_or_init()
         self.metrics = Metrics(workdir.metrics, workdir.tensorboard, step=self.step)
@@ -106,6 +108,8 @@ class Loop:
         examples, size = len(dataset.splits["train"]), experiment.data.batch_size
         if examples < size:
             notes.append(f"the {examples} training examples are fewer than data.batch_size={size}")
+        if experiment.profile and self.step >= self.tracer.steps[-1]:
+            notes.append(f"profile={experiment.profile!r} is behind, nothing will be traced")
         for note in notes:
             self.display.say(note)
 
@@ -127,12 +131,15 @@ class Loop:
         with self.display:
             self._start_lap()
             for step in range(first, options.steps + 1):
-                batch = next(self.batches)
-                self.state, metrics = self.program.step(self.state, batch)
+                with self.tracer.step(step):
+                    batch = self._next_batch()
+                    self.state, metrics = self.program.step(self.state, batch)
                 self.step = step
                 self.display.update(step)
                 if step == first:
                     self._first_step(metrics)
+                if self.tracer.done(step, metrics):
+                    self.display.say(f"traced steps {self.experiment.profile}: {self.tracer.path}")
                 if self._due(options.log_every):
                     self._log(to_host(metrics))
                 if options.diagnostics and step % options.diagnostics == 0:
@@ -172,6 +179,7 @@ class Loop:
 
     def close(self) -> None:
         """Wait for what is being written, and let go of all files."""
+        self.tracer.close()
         self.metrics.close()
         self.checkpoints.close()
 
@@ -180,7 +188,14 @@ class Loop:
         return last or (every > 0 and self.step % every == 0)
 
     def _start_lap(self) -> None:
-        self._lap = (self.step, time.perf_counter())
+        self._lap, self._waited = (self.step, time.perf_counter()), 0.0
+
+    def _next_batch(self) -> Batch:
+        began = time.perf_counter()
+        with jax.profiler.TraceAnnotation("input"):
+            batch = next(self.batches)
+        self._waited += time.perf_counter() - began
+        return batch
 
     def _seconds(self) -> float:
         return time.perf_counter() - self._began
@@ -197,13 +212,15 @@ class Loop:
         now = time.perf_counter()
         numbers = {f"train/{name}": value for name, value in metrics.items()}
         numbers["seconds"] = self._seconds()
-        speed = None
+        speed = wait = None
         if self.step > lap_step:  # else it is the first step, whose time was the compiler's
-            speed = (self.step - lap_step) / max(now - lap_time, 1e-9)
+            lap = max(now - lap_time, 1e-9)
+            speed, wait = (self.step - lap_step) / lap, self._waited / lap
             numbers["steps_per_second"] = speed
             numbers["examples_per_second"] = speed * self.experiment.data.batch_size
+            numbers["input_wait"] = self._waited / lap
         self.metrics.write(self.step, numbers)
-        self.display.log(self.step, metrics, speed=speed)
+        self.display.log(self.step, metrics, speed=speed, wait=wait)
         self._start_lap()
 
     def _check_finite(self, first_bad: int) -> None:

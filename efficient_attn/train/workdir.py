@@ -15,7 +15,7 @@ from efficient_attn.train.config import differences
 
 CONTENT = (
     "config.json", "checkpoints", "damaged", "metrics.jsonl", "tensorboard", "result.json",
-    "curves.png", "eval",
+    "curves.png", "eval", "profile",
 )  # fmt: skip
 
 
@@ -28,6 +28,7 @@ class Workdir:
     tensorboard/   the same for TensorBoard
     result.json    written last: its presence says that the run is finished
     curves.png     loss and accuracy
+    profile/       traces of the steps that config.profile names
     """
 
     def __init__(self, path: str | Path):
@@ -38,6 +39,7 @@ class Workdir:
         self.tensorboard = self.path / "tensorboard"
         self.result = self.path / "result.json"
         self.curves = self.path / "curves.png"
+        self.profile = self.path / "profile"
 
     def holds_run(self) -> bool:
         """Whether there is something here to lose: a checkpoint or a result."""

@@ -77,7 +77,7 @@ def unbroken(tmp_path_factory):
     return path, result, said
 
 
-TIMINGS = {"seconds", "steps_per_second", "examples_per_second"}
+TIMINGS = {"seconds", "steps_per_second", "examples_per_second", "input_wait"}
 
 
 def without_timings(path):

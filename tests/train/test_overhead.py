@@ -16,7 +16,7 @@ from efficient_attn.train import config as configs
 from efficient_attn.train import loop as loops
 from efficient_attn.train.program import build
 from efficient_attn.train.workdir import read_lines
-from tests.train.test_loop import run
+from tests.train.test_loop import experiment, run
 
 LAP, LAPS = 25, 12
 
@@ -93,3 +93,32 @@ def test_a_step_costs_less_than_a_tenth_more_than_one_by_hand(tmp_path, monkeypa
     ratio = loop / min(by_hand.times)
     print(f"by hand {1e3 * min(by_hand.times):.2f} ms, loop {1e3 * loop:.2f} ms, {ratio:.3f}x")
     assert ratio < 1.1
+
+
+def test_nothing_is_compiled_after_the_first_step_evaluation_and_diagnosis(tmp_path, monkeypatch):
+    """Validation (144 examples) and test (359) end with batches of 64 that are not full."""
+    at, compiled = [0], []
+
+    class Tracer(loops.Tracer):
+        def step(self, number):
+            at[0] = number
+            return super().step(number)
+
+    def listen(event, seconds, **about):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append((at[0], about["fun_name"]))
+
+    monkeypatch.setattr(loops, "Tracer", Tracer)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        config = experiment(steps=13, eval_every=4, checkpoint_every=5, diagnostics=3)
+        result, _ = run(config, tmp_path / "run")
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert result["steps"] == 13
+    own = ("jit(init)", "jit(step)", "jit(predict)")
+    found = [(step, name) for step, name in compiled if name in own]
+    assert found == [(0, "jit(init)"), (1, "jit(step)"), (4, "jit(predict)")]
+    # step 3 is the first that is diagnosed, step 4 the first that is evaluated and saved, for
+    # which orbax cuts arrays into slices
+    assert {step for step, _ in compiled} == {0, 1, 3, 4}, compiled

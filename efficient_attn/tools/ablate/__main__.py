@@ -60,6 +60,10 @@ def main(argv: Sequence[str]) -> None:
         processes=processes, dry_run=given.dry_run,
         command="python -m efficient_attn.tools.ablate " + shlex.join(argv[1:]),
     )  # fmt: skip
+    if processes == 0:
+        from efficient_attn.train.compilation import keep_compiled
+
+        keep_compiled()
     if not ablate(asked):
         sys.exit(1)
 
