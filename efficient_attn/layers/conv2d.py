@@ -27,9 +27,9 @@ def conv2d(
     K // 2 zeros are around the image. Weights are drawn from N(0, 2 g / (K^2 `out`)), g = `groups`
     (He et al., arXiv 1502.01852, by the fan out), as light networks' are.
     """
-    if groups == width == out > 1:
+    if groups == width > 1:
         return DepthwiseConv(
-            width, kernel, stride=stride, use_bias=use_bias, dtype=dtype, rngs=rngs
+            width, out, kernel, stride=stride, use_bias=use_bias, dtype=dtype, rngs=rngs
         )
     around = (kernel // 2, kernel // 2)
     init = nnx.initializers.variance_scaling(2.0 * groups, "fan_out", "normal")
@@ -40,17 +40,26 @@ def conv2d(
 
 
 class DepthwiseConv(nnx.Module):
-    """Each channel by itself: `kernels.depthwise_conv`, and a bias where there is one."""
+    """Each channel by itself, `out` / `width` times: `kernels.depthwise_conv`, and a bias where
+    there is one."""
 
     def __init__(
-        self, width: int, kernel: int, *, stride: int, use_bias: bool, dtype: Any, rngs: nnx.Rngs
+        self,
+        width: int,
+        out: int,
+        kernel: int,
+        *,
+        stride: int,
+        use_bias: bool,
+        dtype: Any,
+        rngs: nnx.Rngs,
     ):
-        init = nnx.initializers.normal(2**0.5 / kernel)
-        self.kernel = nnx.Param(init(rngs.params(), (kernel, kernel, 1, width)))
-        self.bias = nnx.Param(jnp.zeros(width)) if use_bias else None
+        init = nnx.initializers.normal((2 * width / out) ** 0.5 / kernel)
+        self.kernel = nnx.Param(init(rngs.params(), (kernel, kernel, 1, out)))
+        self.bias = nnx.Param(jnp.zeros(out)) if use_bias else None
         self.stride, self.dtype = stride, dtype
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w F"]:
         """In the compute dtype."""
         x = x.astype(self.dtype)
         out = depthwise_conv(x, self.kernel[...].astype(self.dtype), stride=self.stride)

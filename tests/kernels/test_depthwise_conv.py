@@ -9,14 +9,16 @@ from kernels import depthwise_conv
 from kernels.target import use
 
 
-def draw(height, width, channels, side):
+def draw(height, width, channels, side, multiple=1):
     random = np.random.default_rng(height * width + side)
-    shapes = (2, height, width, channels), (side, side, 1, channels)
+    shapes = (2, height, width, channels), (side, side, 1, multiple * channels)
     return [jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in shapes]
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("shape", [(7, 9, 5, 3), (8, 8, 4, 5), (1, 6, 3, 7), (4, 5, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(7, 9, 5, 3, 3), (8, 8, 4, 5), (1, 6, 3, 7), (4, 5, 2, 2)], ids=str
+)
 def test_shifted_products_are_the_convolution(shape, stride):
     x, w = draw(*shape)
 
