@@ -13,6 +13,7 @@ from efficient_attn.tools.ablate.__main__ import main
 from efficient_attn.tools.ablate.display import Display
 from efficient_attn.tools.ablate.load import load
 from efficient_attn.tools.ablate.results import Missing, Place, Results
+from efficient_attn.tools.ablate.table import short
 from efficient_attn.tools.ablate.worker import Outcome
 from tests.tools.sweeps import TRAINED, calls, records, run, write
 
@@ -75,6 +76,11 @@ def test_the_table_says_where_its_numbers_come_from(done):
     one = next(r for r in found if r["label"] == "x=2, slope=1" and r["seed"] == 1)
     assert one["metrics"] == {"y": 3, "twice": 4.0, "curve": [2, 3]}
     assert one["overrides"] == {"x": 2, "slope": 1} and one["commit"] and one["versions"]["jax"]
+
+
+def test_a_commit_is_short_and_keeps_what_is_said_of_changes():
+    assert short("0123456789abcdef+changes") == "0123456789ab+changes"
+    assert short("0123456789abcdef") == "0123456789ab" and short(None) == "no commit"
 
 
 def test_finished_rows_are_not_run_again_and_more_seeds_are_only_added(done):

@@ -116,6 +116,12 @@ def _in_order(values: Sequence) -> list:
     return list(dict.fromkeys(values))
 
 
+def short(commit: str | None) -> str:
+    """Twelve digits of a commit, and whether files differed from it."""
+    digits, plus, changes = (commit or "no commit").partition("+")
+    return digits[:12] + plus + changes
+
+
 def _origin(results: Results) -> str:
     """Where the numbers come from: dates, commits, devices, seeds."""
     records = results.records
@@ -123,7 +129,7 @@ def _origin(results: Results) -> str:
         return "No row has been run."
     dates = sorted(record.date[:10] for record in records)
     days = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-    commits = _in_order([(record.commit or "no commit")[:12] for record in records])
+    commits = _in_order([short(record.commit) for record in records])
     devices = _in_order(
         [
             f"{r.versions['devices']} x {r.versions['device']}, jax {r.versions['jax']}"
