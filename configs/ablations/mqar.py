@@ -17,6 +17,7 @@ with more state recalls no less; a state that can be overwritten (gated_delta) r
 that only adds up (linear) of the same size.
 
 Trap: the rate, 3e-3 (1e-3 at paper), is one for all, where the paper takes the best of four.
+A window of 16 in two layers reaches 30 tokens back, nearly all of the 32 at small.
 """
 
 from configs.probes import get_config as probe

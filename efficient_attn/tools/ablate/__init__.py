@@ -2,7 +2,7 @@
 
 from efficient_attn.tools.ablate.results import Results
 from efficient_attn.tools.ablate.runners import Measuring, Training
-from efficient_attn.tools.ablate.smoke import at_smoke
+from efficient_attn.tools.ablate.smoke import at_smoke, drawn_at_smoke
 from efficient_attn.tools.ablate.sweep import (
     Claim,
     Column,
@@ -25,4 +25,5 @@ __all__ = [
     "Training",
     "at_smoke",
     "attentions",
+    "drawn_at_smoke",
 ]

@@ -16,3 +16,18 @@ def at_smoke(config: Any) -> Any:
     config.train.update({"steps": 4, "eval_every": 4, "log_every": 2, "eval_batch_size": 16})
     config.optimizer.warmup = 1
     return config
+
+
+def drawn_at_smoke(config: Any, *, size: int) -> Any:
+    """`at_smoke`, and the images are Pathfinder's, drawn on the spot, `size` pixels wide, not
+    augmented: nothing to download. Returns the config."""
+    at_smoke(config)
+    config.data.update({"name": "pathfinder", "path": "", "tfds": ""})
+    config.data.pathfinder.update({"size": size, "processes": 1})
+    config.data.image.update({"size": 0, "fit": "stretch"})
+    config.data.augment.update(
+        {"crop": (), "flip": 0.0, "operations": 0, "erase": 0.0, "mixup": 0.0, "cutmix": 0.0}
+    )
+    config.data.augment.repeats = 1
+    config.train.dtype = "float32"
+    return config
