@@ -1,5 +1,7 @@
 """Strictness for every test: shapes checked, no silent rank promotion, 8 CPU devices."""
 
+import gc
+import importlib.metadata
 import itertools
 import os
 import sys
@@ -7,10 +9,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault(
-    "XLA_FLAGS",  # compiling is most of what tests do: let it not optimize
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-)
+COMPILING = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+"""Compiling is most of what tests do: let it not optimize, nor cut each program into 32 modules."""
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # a flag that others die of
+    COMPILING += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {COMPILING}")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # that of a user stays theirs
 
@@ -47,6 +50,8 @@ def pytest_collection_modifyitems(items):
             contract = item.path == ROOT / "tests" / "attention" / "test_contract.py"
             if contract or item.originalname in LEFT_OUT:
                 item.add_marker(pytest.mark.slow)
+    gc.freeze()  # modules and items stay: looking through them took a sixth of what tracing takes
+    gc.set_threshold(20_000, 20, 50)
 
 
 RAN = itertools.count(1)

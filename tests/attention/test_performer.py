@@ -13,6 +13,7 @@ from efficient_attn.attention import Site
 from efficient_attn.attention.features import GENERALISED, draw_projection, feature_map
 from efficient_attn.attention.performer import SOFTMAX_MAPS, Performer
 from kernels import Mask
+from tests import support
 
 HEADS, DIM, LENGTH = 2, 64, 256
 POSITIVE_KERNELS = ["positive", "hyperbolic", "relu", "exp", "elu", "abs", "sigmoid"]
@@ -267,7 +268,7 @@ def compiled_memory(length, *, backward, causal):
         return core(q, k, v, mask=Mask(causal=causal), shared={})
 
     function = jax.grad(lambda *qkv: jnp.sum(forward(*qkv)), (0, 1, 2)) if backward else forward
-    as_users_have_it = {"xla_backend_optimization_level": 3}
+    as_users_have_it = dict.fromkeys(support.fast(), True) | {"xla_backend_optimization_level": 3}
     return jax.jit(function).lower(shape, shape, shape).compile(as_users_have_it).memory_analysis()
 
 
