@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 from efficient_attn import attention
+from kernels import Mask
 from tests import support
-from tests.support import BATCH, SEQ, draw_x, holder, one_segment, run, those_with
+from tests.support import BATCH, SEQ, draw_x, holder, those_with
 
 LENGTH = 63
 PICK = np.array([1, 20, 62, 3], np.int32)
@@ -48,12 +49,16 @@ def decoded(expression: str, positions: str):
     return jax.tree.map(np.asarray, jax.jit(call, compiler_options=support.fast())(state, x))
 
 
-def forward(expression: str, positions: str):
-    x = draw_x(expression, LENGTH)
-    keys = support.everyone(LENGTH)
-    return run(
-        expression, x, keys=keys, segments=one_segment(LENGTH), causal=True, positions=positions
-    ).out
+@functools.cache
+def forward(expression: str, positions: str) -> np.ndarray:
+    graph, state = nnx.split(holder(expression, positions=positions))
+
+    def call(state, x):
+        return nnx.merge(graph, state)(x, mask=Mask(causal=True))
+
+    with support.short_chunks():
+        compiled = jax.jit(call, compiler_options=support.fast())
+        return np.asarray(compiled(state, draw_x(expression, LENGTH)))
 
 
 @pytest.mark.parametrize(("expression", "positions"), CASES)
