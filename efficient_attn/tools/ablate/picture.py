@@ -45,7 +45,8 @@ def _panel(panel: Panel, sweep: Sweep, results: Results, axes: Any) -> None:
         elif panel.x == "label":
             _bars(panel, sweep, results, axes)
         else:
-            _lines(panel, results, axes)
+            again = any(p.by == panel.by for p in sweep.panels[sweep.panels.index(panel) + 1 :])
+            _lines(panel, results, axes, legend=bool(panel.by) and not again)
     except Missing as missing:
         axes.text(0.5, 0.5, str(missing.args[0]), ha="center", transform=axes.transAxes)
     axes.set_title(panel.title)
@@ -86,8 +87,11 @@ def _bars(panel: Panel, sweep: Sweep, results: Results, axes: Any) -> None:
         axes.set_xscale("log")
 
 
-def _lines(panel: Panel, results: Results, axes: Any) -> None:
-    """Points with deviations, by x; one line for each value of `by`."""
+def _lines(panel: Panel, results: Results, axes: Any, *, legend: bool) -> None:
+    """Points with deviations, by x; one line for each value of `by`.
+
+    Panels that divide their rows alike share the last one's legend.
+    """
     options = dict(results.rows)
     groups: dict[tuple, list[str]] = {}
     for label in _have(results, results.labels(panel.where), panel.y):
@@ -107,8 +111,9 @@ def _lines(panel: Panel, results: Results, axes: Any) -> None:
             axes.plot(x, theory, color=f"C{color}", lw=1.0)
     axes.set(xlabel=panel.xlabel or panel.x, ylabel=panel.ylabel or panel.y)
     _scales(panel, axes)
-    if panel.by:
-        axes.legend(title=", ".join(panel.by))
+    if legend:
+        beside = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)} if len(groups) > 4 else {}
+        axes.legend(title=", ".join(panel.by), **beside)
 
 
 def _x(name: str, label: str, options: Any, results: Results) -> Number:
