@@ -30,40 +30,46 @@ def measure(
     scale: float,
     norm: float,
     cosine: float,
-    draws: int,
+    rows: int,
 ) -> dict[str, float]:
     """Both errors with `features` rows of a projection (arXiv 2009.14794, figure 4).
 
     Output: mean squared error of attention on `length` queries, keys and values of N(0, 1) in `dim`
     dimensions, queries and keys times `scale`; new ones and a new projection for each of `samples`.
-    Kernel: that of exp(<x, y>), |x| = |y| = `norm`, over `draws` projections.
+    Kernel: that of exp(<x, y>), |x| = |y| = `norm`, over as many projections as have `rows` rows.
 
-    Returns "output_error" and "output_deviation", of its mean over the samples; "kernel_error",
-    "kernel_deviation" likewise over the draws, "closed_form" of it, and "z", by how many
-    deviations it is off; "theorem_2" for positive orthogonal features, `features` <= `dim`.
+    Returns "output_error" and "output_deviation", of its mean over the samples; "halved_error" and
+    "halved_deviation", the same with half the scale; "kernel_error", "kernel_deviation" likewise
+    over the projections, "closed_form" of it, and "z", by how many deviations it is off;
+    "theorem_2" for positive orthogonal features, `features` <= `dim`.
     """
     run = {"features": features, "feature_map": feature_map, "projection": projection}
     output, kernel = jax.random.split(jax.random.key(seed))
-    found = [
-        float(output_error(key, dim=dim, length=length, scale=scale, **run))
-        for key in jax.random.split(output, samples)
-    ]
+    found = {}
+    for name, times in (("output", scale), ("halved", scale / 2)):
+        errors = [
+            output_error(key, scale=times, dim=dim, length=length, **run)
+            for key in jax.random.split(output, samples)
+        ]
+        found[f"{name}_error"], found[f"{name}_deviation"] = _mean(errors)
     x, y = pair(dim, norm, cosine)
-    errors = kernel_errors(jax.random.split(kernel, draws), jnp.stack([x, y]), **run)
-    errors = np.asarray(errors, np.float64)
+    keys = jax.random.split(jax.random.fold_in(kernel, features), rows // features)
+    error, deviation = _mean(kernel_errors(keys, jnp.stack([x, y]), **run))
     theory = mean_squared_error(x, y, **run)
-    deviation = float(np.std(errors, ddof=1)) / math.sqrt(draws)
-    bounds = {}
     if projection == "orthogonal" and feature_map == "positive" and features <= dim:
-        bounds["theorem_2"] = orthogonal_bound(x, y, features=features)
-    return bounds | {
-        "output_error": float(np.mean(found)),
-        "output_deviation": float(np.std(found, ddof=1)) / math.sqrt(samples),
-        "kernel_error": float(np.mean(errors)),
+        found["theorem_2"] = orthogonal_bound(x, y, features=features)
+    return found | {
+        "kernel_error": error,
         "kernel_deviation": deviation,
         "closed_form": theory,
-        "z": (float(np.mean(errors)) - theory) / deviation,
+        "z": (error - theory) / deviation,
     }
+
+
+def _mean(values) -> tuple[float, float]:
+    """The mean, and its standard deviation."""
+    values = np.asarray(values, np.float64)
+    return float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
 def pair(dim: int, norm: float, cosine: float) -> tuple[np.ndarray, np.ndarray]:

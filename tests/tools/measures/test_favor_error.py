@@ -80,7 +80,7 @@ def test_one_orthogonal_row_is_an_independent_one():
 def test_what_is_drawn_agrees_with_the_closed_form(kind, projection):
     found = measure(
         seed=1, features=6, feature_map=kind, projection=projection, dim=4, length=32, samples=2,
-        scale=1.0, norm=0.8, cosine=-0.5, draws=20_000,
+        scale=1.0, norm=0.8, cosine=-0.5, rows=120_000,
     )  # fmt: skip
     assert abs(found["z"]) < 4
     assert found["output_error"] > 0
@@ -90,6 +90,6 @@ def test_what_is_drawn_agrees_with_the_closed_form(kind, projection):
 def test_one_call_has_all_the_numbers():
     found = measure(
         seed=1, features=3, feature_map="positive", projection="orthogonal", dim=4, length=16,
-        samples=2, scale=1.0, norm=0.5, cosine=0.0, draws=400,
+        samples=2, scale=1.0, norm=0.5, cosine=0.0, rows=1200,
     )  # fmt: skip
     assert abs(found["z"]) < 4 and found["theorem_2"] >= found["closed_form"]
