@@ -126,8 +126,9 @@ class Reformer(Mixer):
     def hash(self, q: Float[Array, "B T H D"], rounds: int) -> Int[Array, "R B T H"]:
         """The bucket of each query in each of the first `rounds` rounds."""
         found = jnp.zeros((rounds, *q.shape[:3]), jnp.int32)
+        directions = sum(part // 2 for part in _parts(self.config, self.site))
         turned = jnp.einsum(
-            "bthd,rhdf->rbthf", q, self.rotations[...][:rounds],
+            "bthd,rhdf->rbthf", q, self.rotations[...][:rounds, ..., :directions],
             precision=jax.lax.Precision.HIGHEST,
         )  # fmt: skip
         start = 0
