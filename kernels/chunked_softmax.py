@@ -2,7 +2,7 @@
 
 An online softmax over tiles of keys, for each tile of queries (FlashAttention, arXiv 2205.14135,
 algorithms 1 and 4). Backward makes each tile's weights again from the logarithm of its rows' sums.
-Memory is linear in T and S.
+Memory is linear in T and S. There is no forward-mode derivative (`jax.jvp`): backend="xla" has one.
 
 One loop goes over the tiles of all heads, one tile at a time: XLA runs a loop's turns, and loops
 that share memory, one after the other, and spreads a matrix product over cores where it has some

@@ -9,7 +9,9 @@ from kernels.target import Chip, target
 
 Backend = Literal["auto", "xla", "pallas", "cudnn", "tiled"]
 PROVEN: dict[tuple[Chip, str], frozenset[str]] = {
-    ("cpu", "tiled"): frozenset({"softmax_attention", "linformer_attention"})
+    ("cpu", "tiled"): frozenset(
+        {"softmax_attention", "linformer_attention", "linear_attention", "favor_attention"}
+    )
 }
 """Ops by chip and backend that `python -m kernels.bench` has found right, and faster than XLA,
 there: what `auto` may take beside XLA. No TPU or GPU has been at hand yet."""

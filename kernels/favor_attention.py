@@ -18,13 +18,10 @@ from jaxtyping import Array, Float
 
 from kernels.dispatch import Backend, Path, run
 from kernels.fused import linear as fused_linear
-from kernels.linear_attention import (
-    FeatureMap,
-    LinearState,
-    causal_linear_attention,
-    linear_attention,
-)
+from kernels.linear_attention import causal_linear_attention, linear_attention
+from kernels.linear_chunk import FeatureMap, LinearState
 from kernels.mask import Mask
+from kernels.tiled_linear import refuse_tiled, worth_slabs
 
 FavorMap = Literal["positive", "hyperbolic", "trigonometric"]
 
@@ -44,7 +41,8 @@ def favor_attention(
     """Linear attention of phi(q) on phi(k); `feature_map` is explained at `favor_features`.
 
     The projection gets no gradient unless `learn_projection`. Work and memory are those of
-    `linear_attention` with R features, or 2 R, and 2 T R D multiply-adds a head to make them.
+    `linear_attention` with R features, or 2 R, and 2 T R D multiply-adds a head to make them. On a
+    CPU, where "auto" takes "tiled" as there, `jax.jvp` needs backend="xla".
 
     Raises:
         ValueError: the mask does not fit.
@@ -54,7 +52,11 @@ def favor_attention(
     mask.check(q.shape[1], k.shape[1])
     how = {"feature_map": feature_map, "mask": mask, "learn_projection": learn_projection}
     how["chunk"] = chunk
-    paths = {"pallas": Path(_fused, _refuse), "xla": Path(_xla)}
+    paths = {
+        "pallas": Path(_fused, _refuse),
+        "tiled": Path(_on("tiled"), _of_slabs(refuse_tiled), _of_slabs(worth_slabs)),
+        "xla": Path(_on("xla")),
+    }
     return run("favor_attention", backend, paths, (q, k, v, projection), how)
 
 
@@ -130,9 +132,23 @@ def _features(projection, feature_map: FavorMap, learn_projection: bool) -> Feat
     return lambda x, at: made(x)
 
 
-def _xla(q, k, v, projection, *, feature_map, mask, learn_projection, chunk):
-    phi = _features(projection, feature_map, learn_projection)
-    return linear_attention(q, k, v, features=phi, mask=mask, chunk=chunk, backend="xla")
+def _on(backend: Backend):
+    """Linear attention of features that it makes."""
+
+    def attend(q, k, v, projection, *, feature_map, mask, learn_projection, chunk):
+        phi = _features(projection, feature_map, learn_projection)
+        return linear_attention(q, k, v, features=phi, mask=mask, chunk=chunk, backend=backend)
+
+    return attend
+
+
+def _of_slabs(said):
+    """What `tiled_linear` says of these arguments."""
+
+    def answer(q, k, v, projection, *, feature_map, mask, learn_projection, chunk):
+        return said(q, k, v, features=None, log_scale=None, mask=mask, chunk=chunk)
+
+    return answer
 
 
 def _xla_causal(q, k, v, projection, state, *, feature_map, mask, learn_projection, chunk):

@@ -26,7 +26,7 @@ def linformer_attention(
 
     0 where none is. G key-value heads serve H query heads. Logits and their softmax are float32.
     2 T R D multiply-adds a head; "pallas" holds a head's keys on chip and writes no logits, "tiled"
-    those of a CPU's caches (`kernels.chunked_softmax`).
+    those of a CPU's caches (`kernels.chunked_softmax`), without forward-mode derivatives.
 
     Raises:
         ValueError: `alive` does not fit, or G does not divide H.
