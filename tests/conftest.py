@@ -33,7 +33,8 @@ LEFT_OUT = {"test_bfloat16_stays_near_float32", "test_compiled_memory_grows_line
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Under `-n` one worker has all tests of an expression, or else of a file; whole runs first.
+    """Under `-n` one worker has all tests of an expression or ablation, or else of a file; whole
+    runs first.
 
     `further` marks the tests of a mechanism's options beyond its first variant; those of the
     contract and `LEFT_OUT` are `slow`: the comparison with float64 formulas covers their masks.
@@ -42,9 +43,10 @@ def pytest_collection_modifyitems(items):
 
     items.sort(key=lambda item: item.path.parent.name not in RUNS)  # else stable
     for item in items:
-        expression = getattr(item, "callspec", None) and item.callspec.params.get("expression")
-        group = expression if isinstance(expression, str) else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+        options = item.callspec.params if hasattr(item, "callspec") else {}
+        expression = options.get("expression")
+        group = expression if isinstance(expression, str) else options.get("ablation", item.path)
+        item.add_marker(pytest.mark.xdist_group(str(group)))
         if expression in support.EXPRESSIONS and expression not in support.FIRSTS:
             item.add_marker(pytest.mark.further)
             contract = item.path == ROOT / "tests" / "attention" / "test_contract.py"

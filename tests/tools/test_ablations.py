@@ -10,7 +10,8 @@ from efficient_attn.tools.ablate.run import Asked, ablate
 from efficient_attn.tools.ablate.sweep import SCALES
 from tests.conftest import ROOT
 
-CONFIGS = sorted((ROOT / "configs" / "ablations").glob("*.py"))
+FOLDER = ROOT / "configs" / "ablations"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
 
 
 @pytest.fixture(autouse=True)
@@ -18,8 +19,9 @@ def at_the_top(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_it_runs_at_smoke_scale(path, tmp_path):
+@pytest.mark.parametrize("ablation", NAMES)
+def test_it_runs_at_smoke_scale(ablation, tmp_path):
+    path = FOLDER / f"{ablation}.py"
     asked = Asked(
         spec=str(path), scale="smoke", seeds=1, only="*", workdir=tmp_path, processes=0,
         dry_run=False, command="ablate",
@@ -37,8 +39,9 @@ def test_it_runs_at_smoke_scale(path, tmp_path):
         assert "has no" not in (tmp_path / "figure.svg").read_text()
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_it_says_its_source_its_command_and_its_scales(path):
+@pytest.mark.parametrize("ablation", NAMES)
+def test_it_says_its_source_its_command_and_its_scales(ablation):
+    path = FOLDER / f"{ablation}.py"
     about = ast.get_docstring(ast.parse(path.read_text()))
     assert f"--config=configs/ablations/{path.name}" in about
     sweeps = [load(str(path), scale) for scale in SCALES]
