@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from efficient_attn import data
 from efficient_attn.attention import Core, MultiHead
@@ -43,6 +43,22 @@ class Watched(Core):
         seen = mask.visible(jnp.arange(q.shape[1]), k.shape[1])
         self.sow(Seen, "weights", masked_softmax(logits, seen))
         return self.core(q, k, v, mask=mask, shared=shared)
+
+
+def trained(path: Path, *, examples: int) -> tuple[nnx.Module, Int[Array, "B T"]]:
+    """The model of a finished run on text, and the first examples of its test split.
+
+    Raises:
+        UserError: no such run.
+    """
+    workdir = Workdir(path)
+    experiment = resolve(read_json(workdir.config))
+    dataset = data.load(experiment.data)
+    program = build(experiment, dataset)
+    _, state = restore(workdir, program, "last", score(dataset.info))
+    source = dataset.splits["test"]
+    inputs = source.gather(np.arange(min(examples, len(source))))["inputs"]
+    return program.evaluated(state), jnp.asarray(inputs)
 
 
 def softmax_maps(model: nnx.Module, inputs: Any) -> list[Float[Array, "B H T S"]]:
@@ -96,16 +112,10 @@ def attention_maps(
     Raises:
         UserError: no such run, or it has no softmax attention.
     """
-    workdir = Workdir(path)
-    experiment = resolve(read_json(workdir.config))
-    dataset = data.load(experiment.data)
-    program = build(experiment, dataset)
-    _, state = restore(workdir, program, "last", score(dataset.info))
-    model = program.evaluated(state)
-    source = dataset.splits["test"]
-    inputs = source.gather(np.arange(min(examples, len(source))))["inputs"][:, :tokens]
-    weights = softmax_maps(model, jnp.asarray(inputs))
-    require(len(weights) > 0, f"{experiment.attention} has no softmax attention to draw")
+    model, inputs = trained(path, examples=examples)
+    inputs = inputs[:, :tokens]
+    weights = softmax_maps(model, inputs)
+    require(len(weights) > 0, f"the model in {path} has no softmax attention to draw")
     maps = {"attention": np.mean([np.asarray(w).mean(axis=(0, 1)) for w in weights], axis=0)}
     convolutions = convolution_maps(model, length=inputs.shape[1], causal=True)
     if convolutions:
