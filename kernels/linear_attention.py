@@ -39,6 +39,7 @@ from kernels.linear_chunk import (
 )
 from kernels.mask import Mask, check_heads
 from kernels.recurrence import scan_chunks
+from kernels.tiled_causal import refuse_causal, tiled_causal, worth_causal
 from kernels.tiled_linear import refuse_tiled, tiled_linear, worth_slabs
 
 
@@ -64,9 +65,9 @@ def linear_attention(
     is linear in T. Sums are
     held in float32 (for their precision see `kernels.recurrence`); the result has v's dtype. A row
     whose normaliser is below `LEAST` (it sees no key, or shares no live feature with any) gives 0.
-    "tiled" is for a CPU, where "auto" takes it from 256 tokens on where the mask is neither causal
-    nor has segments (`kernels.tiled_linear`). It has no forward-mode derivative (`jax.jvp`,
-    `jax.linearize`): take backend="xla" for that.
+    "tiled" is for a CPU, where "auto" takes it from 256 tokens on, without segments and, if causal,
+    without log scales (`kernels.tiled_linear`, `kernels.tiled_causal`: chunks of up to 64 there).
+    It has no forward-mode derivative (`jax.jvp`, `jax.linearize`): take backend="xla" for that.
 
     Raises:
         ValueError: the mask does not fit, or G does not divide H.
@@ -78,7 +79,7 @@ def linear_attention(
     how = {"features": features, "log_scale": log_scale, "mask": mask, "chunk": chunk}
     paths = {
         "pallas": Path(fused_linear.linear, fused_linear.refuse_linear),
-        "tiled": Path(tiled_linear, refuse_tiled, worth_slabs),
+        "tiled": _CAUSAL_SLABS if mask.causal else _SLABS,
         "xla": Path(_xla),
     }
     return run("linear_attention", backend, paths, (q, k, v), how)
@@ -149,6 +150,10 @@ def linear_attention_step(
     q = divide(q, jnp.sum(q * normaliser[:, None], axis=-1))
     out, sums = decode_step(q, k, v, state=state.sums, log_decay=fading[:, None], backend=backend)
     return out, LinearState(sums, normaliser, new)
+
+
+_SLABS = Path(tiled_linear, refuse_tiled, worth_slabs)
+_CAUSAL_SLABS = Path(tiled_causal, refuse_causal, worth_causal)
 
 
 def even(length: int, chunk: int) -> int:

@@ -127,6 +127,7 @@ def empty(q, tokens: Tokens, features: FeatureMap) -> LinearState:
 def attend(state: LinearState, tokens, reach: Reach, *, features: FeatureMap, strict: bool):
     """One chunk: the next state, and what its queries read from the state and from each other."""
     q, (k, v, scale) = turned(features(tokens[0], tokens[1].at)[0]), keys_of(tokens[1], features)
+    assert scale is not None
     seen = jnp.tril(reach.within, -1) if strict else reach.within
     within = jnp.where(seen[:, None], scale[:, :, None], -jnp.inf)
     own = jax.lax.stop_gradient(jnp.max(within, axis=-1))

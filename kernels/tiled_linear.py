@@ -29,17 +29,17 @@ from kernels.linear_chunk import (
     given,
     grouped,
     keys_of,
+    positions,
     read,
     turned,
 )
 from kernels.mask import Mask
 from kernels.recurrence import Reach
+from kernels.slabs import filled, hoisted, like, most_tokens, put, room, slab_size, take, turns_over
 from kernels.target import refuse_division, target
 
 SHORTEST = 256
 """Tokens from which on slabs are faster."""
-NUMBERS, FEWEST = 1 << 17, 128
-"""Of a slab: half a megabyte, of which a core's own cache holds some; but no fewer tokens."""
 
 
 class _How(NamedTuple):
@@ -73,18 +73,18 @@ def tiled_linear(
     """`kernels.linear_attention` where `refuse_tiled` does not object; float32 inside."""
     del chunk
     phi = grouped(features or given, q.shape[2])
-    rank = jax.eval_shape(phi, *_like(q, 1))[0].shape[3]
-    width = q.shape[2] * max(rank, q.shape[3], v.shape[3])
-    size_q, size_k = (_size(x.shape[1], width) for x in (q, k))
+    rank = jax.eval_shape(phi, *like(q, 1))[0].shape[3]
+    most = most_tokens(q.shape[2] * max(rank, q.shape[3], v.shape[3]))
+    size_q, size_k = (slab_size(x.shape[1], most) for x in (q, k))
     seen = mask.keys
     if k.shape[1] % size_k and seen is None:
         seen = jnp.ones(k.shape[:2], bool)
-    of_queries, own = _hoisted(phi, q, size_q)
-    of_keys, other = _hoisted(phi, k, size_k)
+    of_queries, own = hoisted(phi, q, size_q)
+    of_keys, other = hoisted(phi, k, size_k)
     scale = None if log_scale is None else log_scale.astype(jnp.float32)
-    tokens = jax.tree.map(lambda x: _filled(x, size_k), Tokens(k, v, scale, seen, None))
+    tokens = jax.tree.map(lambda x: filled(x, size_k), Tokens(k, v, scale, seen, positions(k)))
     how = _How(of_queries, of_keys, size_q, size_k)
-    out: Array = _attend(how, _Given(_filled(q, size_q), tokens, own, other))
+    out: Array = _attend(how, _Given(filled(q, size_q), tokens, own, other))
     return out[:, : q.shape[1]].astype(v.dtype)
 
 
@@ -94,7 +94,7 @@ def refuse_tiled(q, k, v, *, features, log_scale, mask: Mask, chunk: int) -> str
     if target().chip != "cpu":
         return f"slabs of cache size are for a CPU, not for a {target().chip}; take backend='xla'"
     if mask.causal or mask.segments is not None:
-        return "the tiled path has no causal mask and no segments; take backend='xla'"
+        return "slabs of all keys have no causal mask and no segments; take backend='xla'"
     return None
 
 
@@ -102,62 +102,6 @@ def worth_slabs(q, k, v, *, features, log_scale, mask: Mask, chunk: int) -> bool
     """Whether slabs are faster than all tokens at once; jax would gather what devices hold."""
     del v, features, log_scale, mask, chunk
     return min(q.shape[1], k.shape[1]) >= SHORTEST and not refuse_division()
-
-
-def _size(length: int, width: int) -> int:
-    """Tokens of a slab, of `width` numbers each: a divisor of the length where there is one."""
-    most = min(length, max(NUMBERS // width, FEWEST))
-    whole = (size for size in range(most, most // 2, -1) if not length % size)
-    return next(whole, -(-length // -(-length // most)))
-
-
-def _filled(x, size: int):
-    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
-
-
-def _like(x, size: int):
-    return jnp.zeros((1, size, *x.shape[2:]), x.dtype), jnp.zeros((1, size), jnp.int32)
-
-
-def _hoisted(features: FeatureMap, x, size: int):
-    """`features` of a slab as a function of all that they depend on, and what that is beside it."""
-    return jax.closure_convert(lambda x, at: features(x, at), *_like(x, size))  # one per call
-
-
-def _turns(x, size: int) -> tuple[int, Callable, Callable]:
-    """(slabs of x, slab -> its sequence, slab -> positions of its tokens [1,C])."""
-    each = x.shape[1] // size
-    at = lambda i: (i % each * size + jnp.arange(size, dtype=jnp.int32))[None]  # noqa: E731
-    return x.shape[0] * each, lambda i: i // each, at
-
-
-def _take(arrays, i, size: int = 1):
-    """The ith slab [1,C,...] of arrays [B,T,...], of C = `size` tokens; or the ith of all rows."""
-
-    def one(x):
-        wide = x if size == 1 else x.reshape(-1, size, *x.shape[2:])
-        return jax.lax.dynamic_slice_in_dim(wide, i, 1)
-
-    return jax.tree.map(one, arrays)
-
-
-def _put(arrays, new, i, size: int = 1):
-    """`arrays` with `new` in the place of what `_take` takes."""
-
-    def one(x, y):
-        wide = x if size == 1 else x.reshape(-1, size, *x.shape[2:])
-        return jax.lax.dynamic_update_slice_in_dim(wide, y, i, 0).reshape(x.shape)
-
-    return jax.tree.map(one, arrays, new)
-
-
-def _room(arrays, first: int):
-    """Where results will be written, each filled with a number of its own, from `first` on.
-
-    XLA would make one array of equal ones, and copy it.
-    """
-    leaves, tree = jax.tree.flatten(arrays)
-    return tree.unflatten([jnp.full_like(x, first + n) for n, x in enumerate(leaves)])
 
 
 def _queries(how: _How, q, at, own):
@@ -191,26 +135,26 @@ def _attend(how: _How, x: _Given):
 def _forward(how: _How, x: _Given):
     """out [B,T,H,Dv], (the denominators [B,T,H], the state that all keys leave)."""
     (batch, _, heads, _), dim = x.q.shape, x.tokens.v.shape[3]
-    turns, of, at = _turns(x.tokens.k, how.keys)
+    turns, of, _ = turns_over(x.tokens.k, how.keys)
 
     def absorb_slab(i, state):
-        tokens = _take(x.tokens, i, how.keys)._replace(at=at(i))
-        new = _absorb(_take(state, of(i)), *_keys(how, tokens, x.other))
-        return _put(state, new, of(i))
+        tokens = take(x.tokens, i, how.keys)
+        new = _absorb(take(state, of(i)), *_keys(how, tokens, x.other))
+        return put(state, new, of(i))
 
-    rank = jax.eval_shape(how.of_queries, *_like(x.q, how.queries), *x.own)[0].shape[3]
+    rank = jax.eval_shape(how.of_queries, *like(x.q, how.queries), *x.own)[0].shape[3]
     zeros = lambda *shape: jnp.zeros((batch, heads, *shape))  # noqa: E731
     empty = LinearState(zeros(rank, dim), zeros(rank), jnp.full((batch, heads), -jnp.inf))
     state = jax.lax.fori_loop(0, turns, absorb_slab, empty)
-    turns, of, at = _turns(x.q, how.queries)
+    turns, of, at = turns_over(x.q, how.queries)
 
     def read_slab(i, outs):
-        made = _queries(how, _take(x.q, i, how.queries), at(i), x.own)
-        num, den = read(made, _take(state, of(i)))
-        return _put(outs, (turned(divide(num, den)), turned(den)), i, how.queries)
+        made = _queries(how, take(x.q, i, how.queries), at(i), x.own)
+        num, den = read(made, take(state, of(i)))
+        return put(outs, (turned(divide(num, den)), turned(den)), i, how.queries)
 
-    like = jnp.zeros_like(x.q, jnp.float32, shape=(*x.q.shape[:3], dim))
-    out, den = jax.lax.fori_loop(0, turns, read_slab, _room((like, like[..., 0]), 1))
+    wide = jnp.zeros_like(x.q, jnp.float32, shape=(*x.q.shape[:3], dim))
+    out, den = jax.lax.fori_loop(0, turns, read_slab, room((wide, wide[..., 0]), 1))
     return out, (den, state)
 
 
@@ -221,16 +165,16 @@ def _attend_forward(how: _How, x: _Given):
 
 def _attend_backward(how: _How, kept, dout):
     x, out, den, state = kept
-    turns, of, at = _turns(x.q, how.queries)
+    turns, of, at = turns_over(x.q, how.queries)
     add = lambda old, new: jax.tree.map(jnp.add, old, new)  # noqa: E731
 
     def of_queries(i, sofar):
         dq, down, dstate = sofar
-        q, out_i, den_i, dout_i = _take((x.q, out, den, dout), i, how.queries)
+        q, out_i, den_i, dout_i = take((x.q, out, den, dout), i, how.queries)
         inverse = jnp.where(jnp.abs(den_i) <= LEAST, 0.0, 1 / den_i)
         dden = turned(-jnp.einsum("bthd,bthd->bth", out_i, dout_i) * inverse)
         dnum = turned(dout_i * inverse[..., None])
-        sums, normaliser, _ = _take(state, of(i))
+        sums, normaliser, _ = take(state, of(i))
         made, back = jax.vjp(lambda q, own: _queries(how, q, at(i), own), q, x.own)
         dmade = jnp.einsum("bhtd,bhrd->bhtr", dnum, sums)
         new, more = back(dmade + dden[..., None] * normaliser[:, :, None])
@@ -238,31 +182,32 @@ def _attend_backward(how: _How, kept, dout):
             jnp.einsum("bhtr,bhtd->bhrd", made, dnum),
             jnp.einsum("bhtr,bht->bhr", made, dden),
         )
-        dstate = _put(dstate, add(_take(dstate, of(i)), past), of(i))
-        return _put(dq, new, i, how.queries), add(down, more), dstate
+        dstate = put(dstate, add(take(dstate, of(i)), past), of(i))
+        return put(dq, new, i, how.queries), add(down, more), dstate
 
     zeros = functools.partial(jax.tree.map, jnp.zeros_like)
-    start = _room(x.q, 3), zeros(x.own), zeros((state.sums, state.normaliser))
+    start = room(x.q, 3), zeros(x.own), zeros((state.sums, state.normaliser))
     dq, down, dstate = jax.lax.fori_loop(0, turns, of_queries, start)
-    turns, of, at = _turns(x.tokens.k, how.keys)
+    turns, of, _ = turns_over(x.tokens.k, how.keys)
 
     def of_keys(i, sofar):
         dtokens, dother = sofar
-        k, v, scale, seen, _ = _take(x.tokens, i, how.keys)
-        top = _take(state.top, of(i))
-        dsums, dnormaliser = _take(dstate, of(i))
+        k, v, scale, seen, places = take(x.tokens, i, how.keys)
+        top = take(state.top, of(i))
+        dsums, dnormaliser = take(dstate, of(i))
 
         def weighed(k, v, scale, other):
-            return _weighed(*_keys(how, Tokens(k, v, scale, seen, at(i)), other), top)
+            return _weighed(*_keys(how, Tokens(k, v, scale, seen, places), other), top)
 
         (made, values), back = jax.vjp(weighed, k, v, scale, x.other)
         dmade = jnp.einsum("bhsd,bhrd->bhsr", values, dsums) + dnormaliser[:, :, None]
         *new, more = back((dmade, jnp.einsum("bhsr,bhrd->bhsd", made, dsums)))
-        return _put(dtokens, tuple(new), i, how.keys), add(dother, more)
+        return put(dtokens, tuple(new), i, how.keys), add(dother, more)
 
-    start = _room((x.tokens.k, x.tokens.v, x.tokens.scale), 4), zeros(x.other)
+    start = room((x.tokens.k, x.tokens.v, x.tokens.scale), 4), zeros(x.other)
     (dk, dv, dscale), dother = jax.lax.fori_loop(0, turns, of_keys, start)
-    return (_Given(dq, Tokens(dk, dv, dscale, None, None), down, dother),)
+    dtokens = x.tokens._replace(k=dk, v=dv, scale=dscale, seen=None, at=None)
+    return (_Given(dq, dtokens, down, dother),)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

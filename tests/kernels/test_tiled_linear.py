@@ -1,11 +1,13 @@
 """`kernels.tiled_linear`, a CPU's path of linear attention, against the reference in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import Mask, favor_attention, reference, tiled_linear
+from kernels import Mask, favor_attention, reference, slabs
 from kernels import linear_attention as op
 from kernels.target import use
 from tests.kernels.compare import agree, arrays, both, mask_of
@@ -14,8 +16,8 @@ from tests.kernels.test_linear_attention import features, of_features, phi
 
 @pytest.fixture(autouse=True)
 def small_slabs(monkeypatch):
-    monkeypatch.setattr(tiled_linear, "NUMBERS", 1)
-    monkeypatch.setattr(tiled_linear, "FEWEST", 16)
+    monkeypatch.setattr(slabs, "NUMBERS", 1)
+    monkeypatch.setattr(slabs, "FEWEST", 16)
 
 
 HOW = {"backend": "tiled"}
@@ -37,14 +39,35 @@ def test_features_are_made_slab_by_slab_where_they_stand(scale):
     agree(both(op, of_features, given, mask, op_options=HOW | {"features": phi}))
 
 
+@pytest.mark.parametrize("made", [None, "features"])
+@pytest.mark.parametrize(("length", "mask"), [(7, "causal"), (64, "causal"), (67, "ragged")])
+def test_causal_is_the_references(length, mask, made):
+    given, how = features(length), HOW | {"chunk": 16}
+    visible = mask_of("causal", length)
+    if mask == "ragged":
+        visible["keys"] = mask_of("padding", length)["keys"]
+    expected = reference.linear_attention
+    if made:
+        given |= {name: np.log(given[name]) for name in "qk"}
+        how["features"] = lambda x, at: (jnp.exp(x + jnp.sin(at)[:, :, None, None]), None)
+
+        def expected(q, k, v, *, mask):
+            q, k = (how["features"](x, jnp.arange(length)[None])[0] for x in (q, k))
+            return reference.linear_attention(q, k, v, mask=mask)
+
+    agree(both(op, expected, given, visible, op_options=how))
+
+
 def _learned(backend, w, length=37):
     given = {n: jnp.asarray(x) for n, x in arrays(q=(2, length, 2, 4), k=(2, length, 2, 4)).items()}
     made = lambda x, at: (jax.nn.softplus(x @ w), None)  # noqa: E731
-    out = op(given["q"], given["k"], given["k"], features=made, backend=backend)
-    return jnp.sum(jnp.sin(out))
+    run = functools.partial(op, given["q"], given["k"], given["k"], features=made, backend=backend)
+    return jnp.sum(jnp.sin(run()) + run(mask=Mask(causal=True)))
 
 
-@pytest.mark.parametrize("wrap", ["grad", "jit", "checkpoint", "scan", "vmap"])
+@pytest.mark.parametrize(
+    "wrap", ["scan", *(pytest.param(x, marks=pytest.mark.slow) for x in ("grad", "jit", "vmap"))]
+)
 def test_what_features_close_over_gets_its_gradient(wrap):
     """Under each transformation that traces the op on its own."""
     w = jnp.asarray(arrays(w=(2, 4, 9))["w"])
@@ -56,7 +79,7 @@ def test_what_features_close_over_gets_its_gradient(wrap):
         if wrap == "scan":
             step = lambda total, w: (total + one(w), None)  # noqa: E731
             return jax.grad(lambda w: jax.lax.scan(jax.checkpoint(step), 0.0, w)[0])(w)
-        inner = {"checkpoint": jax.checkpoint, "jit": jax.jit}.get(wrap, lambda f: f)(one)
+        inner = jax.jit(one) if wrap == "jit" else one
         return jnp.stack([jax.grad(inner)(x) for x in w])
 
     np.testing.assert_allclose(gradient("tiled"), gradient("xla"), rtol=1e-5, atol=1e-5)
@@ -107,13 +130,20 @@ def test_favor_is_the_same_by_slabs():
                                     (67, 8192, 14), (13, 1, 13), (1, 512, 1)]
 )  # fmt: skip
 def test_slabs_divide_a_length_where_they_can(monkeypatch, length, width, tokens):
-    monkeypatch.setattr(tiled_linear, "NUMBERS", 1 << 17)
-    assert tiled_linear._size(length, width) == tokens
+    monkeypatch.setattr(slabs, "NUMBERS", 1 << 17)
+    assert slabs.slab_size(length, slabs.most_tokens(width)) == tokens
 
 
-def test_it_is_for_a_cpu_and_for_all_keys():
+@pytest.mark.parametrize("causal", [False, True])
+def test_segments_and_causal_scales_are_refused(causal):
+    ones, numbers = jnp.ones((1, 4, 1, 2)), jnp.zeros((1, 4), jnp.int32)
+    with pytest.raises(NotImplementedError, match="no segments"):
+        op(ones, ones, ones, mask=Mask(causal=causal, segments=numbers), **HOW)
+    with pytest.raises(NotImplementedError, match="no log scales"):
+        op(ones, ones, ones, log_scale=ones[..., 0], mask=Mask(causal=True), **HOW)
+
+
+def test_it_is_for_a_cpu():
     ones = jnp.ones((1, 4, 1, 2))
-    with pytest.raises(NotImplementedError, match="no causal mask"):
-        op(ones, ones, ones, mask=Mask(causal=True), **HOW)
     with use("gpu"), pytest.raises(NotImplementedError, match="for a CPU"):
         op(ones, ones, ones, **HOW)
