@@ -30,7 +30,7 @@ SOFTMAX_MAPS = ("positive", "hyperbolic", "trigonometric")
 GENERALISED: dict[str, Callable] = {
     "relu": jax.nn.relu,
     "exp": jnp.exp,
-    "elu": lambda x: jax.nn.elu(x) + 1.0,
+    "elu": lambda x: jnp.where(x > 0, x + 1.0, jnp.exp(jnp.minimum(x, 0.0))),  # elu(x) + 1
     "abs": jnp.abs,
     "gelu": jax.nn.gelu,
     "cos": jnp.cos,
