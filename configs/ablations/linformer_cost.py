@@ -6,8 +6,8 @@ Wang et al. 2020 (arXiv 2006.04768), table 3.
 
 Three CPU minutes at small: memory is compiled for, not used, so all 8 lengths are there; time is
 taken up to 2,048 tokens. "paper" has 12 layers and takes time as far as a GPU of 80 GB goes. Expect
-the claims on memory and multiply-adds to hold; memory saved to pass the paper's 60 at 65,536
-tokens, where it compared the largest batches that fit a V100 and here it is that of one example.
+the claims to hold, and up to 16,384 tokens the paper's figures of memory at k = 128; beyond, its
+memory saved stops at 60, where it compared the largest batches that fit a V100, and ours goes on.
 """
 
 from efficient_attn.tools.ablate import Claim, Column, Measuring, Panel, Results, Scale, Sweep
@@ -82,7 +82,8 @@ def get_sweep(scale: Scale) -> Sweep:
             "float32, against softmax with all its weights in memory; the paper's is a V100 of "
             "16 GB at the largest batch that fits, where weights and fixed costs weigh as well. "
             "Memory and multiply-adds are exact, seconds are of a shared machine. The column "
-            "`softmax` is the same attention by tiles: in memory it saves what Linformer saves."
+            "`softmax` is the same attention by tiles: it saves as much memory as k = 128. At "
+            "n = 2 k projecting keys and values takes exactly what attending to fewer saves."
         ),
     )  # fmt: skip
 
@@ -92,11 +93,15 @@ def claims(ranks: tuple[int, ...]) -> list[Claim]:
     return [
         Claim(
             "every cell saves memory",
-            lambda r: all(saved > 1 for saved in of_ranks(r, "memory_saved", ranks)),
+            lambda r: all((curve(r, k, "memory_saved") > 1).all() for k in ranks),
         ),
         Claim(
-            "every cell saves multiply-adds",
-            lambda r: all(saved > 1 for saved in of_ranks(r, "adds_saved", ranks)),
+            "multiply-adds are saved where n > 2 k, and at n = 2 k they are the same",
+            lambda r: all(
+                (curve(r, k, "adds_saved")[0] == 1) and (curve(r, k, "adds_saved")[1:] > 1).all()
+                for k in ranks
+                if k > 128
+            ),
         ),
         Claim(
             "memory saved grows with n at every k",
@@ -125,8 +130,3 @@ def claims(ranks: tuple[int, ...]) -> list[Claim]:
 def curve(results: Results, rank: int, metric: str):
     """A metric over the lengths that there are with this projected length."""
     return results.curve("length", metric, {"expression": name(rank)})[1]
-
-
-def of_ranks(results: Results, metric: str, ranks: tuple[int, ...]) -> list[float]:
-    """A metric of all cells of Linformer."""
-    return [value for rank in ranks for value in curve(results, rank, metric)]

@@ -8,7 +8,7 @@ run mean something, seconds of a shared machine do not.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,15 +36,20 @@ class Speed(NamedTuple):
 
 
 def measure(
-    expressions: Sequence[str], *, prompt: int = 1000, tokens: int = 1000, turns: int = 3
+    expressions: Sequence[str],
+    *,
+    prompt: int = 1000,
+    tokens: int = 1000,
+    turns: int = 3,
+    options: Mapping[str, Any] = MODEL,
 ) -> list[Speed]:
-    """`prompt` tokens read, `tokens` written, for each mechanism.
+    """`prompt` tokens read, `tokens` written, for each mechanism; `options` of the language model.
 
     Raises:
         UserError: a mechanism that does not decode.
     """
     length = prompt + tokens
-    models = [_model(text, length) for text in expressions]
+    models = [_model(text, length, options) for text in expressions]
     text = jax.random.randint(jax.random.key(0), (1, prompt), 1, VOCAB)
     runs = {
         (text_of, count): _runner(model, text, count)
@@ -66,10 +71,10 @@ def measure(
     ]
 
 
-def _model(expression: str, length: int) -> Any:
+def _model(expression: str, length: int, options: Mapping[str, Any]) -> Any:
     source = Input(kind="text", shape=(length,), classes=VOCAB, vocab=VOCAB)
     return backbones.create(
-        "causal_lm", MODEL, attention=expression, source=source, rngs=nnx.Rngs(0)
+        "causal_lm", options, attention=expression, source=source, rngs=nnx.Rngs(0)
     )
 
 
