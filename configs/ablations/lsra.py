@@ -9,7 +9,8 @@ that has left what is near to the convolution. PATH is a text file or a folder o
 repository's README.md unless given: a character language model stands in for the translation.
 
 Rows: both mechanisms, each with the flat feed-forward layer (hidden width 1 x) and with the usual
-one (4 x), at widths that make their multiply-adds equal to within 7 %, the Transformer's being the most.
+one (4 x), at widths that make their multiply-adds equal to within 7 %, most of them the
+Transformer's.
 
 Scales: "small" has contexts of 128, 3 layers, about 33 million multiply-adds and 1,500 steps, 1 to
 3 minutes a row on two CPU cores; "paper" contexts of 512, 6 layers of kernels 3 to 31, four times
