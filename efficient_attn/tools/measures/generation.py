@@ -61,7 +61,7 @@ def step(expression: str, length: int, options: Mapping[str, Any]) -> int:
     """Multiply-adds of one value, the model built for `length`; a cache is read whole."""
     source = Input(kind="text", shape=(length,), classes=VOCAB, vocab=VOCAB)
 
-    def create():
+    def create() -> Any:
         return backbones.create(
             "causal_lm", options, attention=expression, source=source, rngs=nnx.Rngs(0)
         )
@@ -72,6 +72,7 @@ def step(expression: str, length: int, options: Mapping[str, Any]) -> int:
     one = jax.ShapeDtypeStruct((1,), jnp.int32)
 
     def run(weights, state, one):
-        return nnx.merge(graph, weights).step(one, state, position=one)
+        model: Any = nnx.merge(graph, weights)
+        return model.step(one, state, position=one)
 
     return multiply_adds(run, weights, state, one)
