@@ -28,6 +28,7 @@ LOGITS = {
     "poolformer_s12": 72,
     "pvt_v2_b0": 72,
     "pvt_v2_b2_li": 64,
+    "regnety_002": 64,
     "resnet50": 64,
     "swin_tiny_patch4_window7_224": 56,
 }

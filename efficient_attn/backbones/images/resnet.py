@@ -1,7 +1,6 @@
 """ResNets of bottlenecks (arXiv 1512.03385, table 1) as published."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,39 +12,9 @@ from efficient_attn.backbones.base import Build, Input, Rule
 from efficient_attn.backbones.images.pyramid import Pyramid, refuse_attention
 from efficient_attn.backbones.images.variants import Variant
 from efficient_attn.blocks import Chain
-from efficient_attn.blocks.inverted_residual import Skip
+from efficient_attn.blocks.bottleneck import Bottleneck
 from efficient_attn.config import at_least, require
-from efficient_attn.layers.activations import ACTIVATIONS
 from efficient_attn.layers.conv2d import ConvNorm
-
-
-class Bottleneck(nnx.Module):
-    """relu(shortcut(x) + widen(conv(narrow(x)))), its middle a quarter as wide as `out`.
-
-    The 3 x 3 convolution strides, as in torchvision's and timm's; the paper's does with the first
-    of 1 x 1. The shortcut is x, or a convolution where the shapes differ (figure 5, option B).
-    """
-
-    def __init__(
-        self, width: int, out: int, *, stride: int, drop_path: float, dtype: Any, rngs: nnx.Rngs
-    ):
-        conv, inner = partial(ConvNorm, dtype=dtype, rngs=rngs), out // 4
-        self.conv1 = conv(width, inner, activation="relu")
-        self.conv2 = conv(inner, inner, 3, stride=stride, activation="relu")
-        self.conv3 = conv(inner, out)
-        self.changes = width != out or stride > 1
-        if self.changes:
-            self.shortcut = conv(width, out, stride=stride)
-        self.skip = Skip(True, drop_path)
-
-    def __call__(
-        self, x: Float[Array, "B H W C"], *, rngs: nnx.Rngs | None
-    ) -> Float[Array, "B h w F"]:
-        """`rngs` says that this is training."""
-        y = self.conv2(self.conv1(x, rngs=rngs), rngs=rngs)
-        y = self.conv3(y, rngs=rngs)
-        x = self.shortcut(x, rngs=rngs) if self.changes else x
-        return ACTIVATIONS["relu"](self.skip(x, y, rngs=rngs))
 
 
 class Stem(nnx.Module):
@@ -121,10 +90,11 @@ class ResNet(Pyramid):
             layers = []
             for j in range(stage.depth):
                 block += 1
-                stride, skipped = 2 if i and not j else 1, config.drop_path * block / blocks
-                layers.append(
-                    Bottleneck(width, stage.width, stride=stride, drop_path=skipped, **given)
-                )
+                made = Bottleneck(
+                    width, stage.width, inner=stage.width // 4, stride=2 if i and not j else 1,
+                    drop_path=config.drop_path * block / blocks, **given,
+                )  # fmt: skip
+                layers.append(made)
                 width = stage.width
             stages.append(Chain(*layers))
         self.stages = nnx.List(stages)
