@@ -2,16 +2,19 @@
 
     python -m efficient_attn.tools.latency mobilevit_xs deit_tiny_patch16_224 [--batch 1 16]
         [--attention EXPRESSION] [--turns 5] [--json FILE]
+    python -m efficient_attn.tools.latency evit_small --keep_rates 1 0.7 0.5 [--batch 1 16] ...
 
 Both run in this process, in turns, on all cores, float32, evaluation, weights drawn at random; the
-best of the turns counts. Ratios of one run mean something, seconds of a shared machine do not.
+best of the turns counts. Ratios of one run mean something, seconds of a shared machine do not. With
+`--keep_rates` networks that drop patches run at each of them instead, in turns, and the process's
+CPU time stands beside the wall's: other processes take less of it.
 """
 
 import argparse
 import importlib.util
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,30 +54,76 @@ def measure(
         task = progress.add_task("networks", total=len(names) * len(batches))
         for name in names:
             ours, theirs = _ours(name, attention), _timms(name)
-            side = backbones.VARIANTS[name].image_size
             for batch in batches:
-                images = np.random.default_rng(0).standard_normal((batch, side, side, 3))
-                images = images.astype(np.float32)
+                images = _images(name, batch)
                 runs = [_timed(call, images) for call in (ours, theirs) if call]
-                best = np.min([[once() for once in runs] for _ in range(turns)], axis=0).tolist()
+                best = np.min([[once()[0] for once in runs] for _ in range(turns)], axis=0).tolist()
                 found.append(Latency(name, batch, best[0], best[1] if theirs else None))
                 progress.advance(task)
     return found
 
 
-def _timed(call: Callable[[np.ndarray], Any], images: np.ndarray) -> Callable[[], float]:
+class Throughput(NamedTuple):
+    """A network at a keep rate: seconds of a batch, by the wall and of the process on all cores."""
+
+    name: str
+    batch: int
+    keep_rate: float
+    wall: float
+    cpu: float
+
+
+def throughputs(
+    names: Sequence[str],
+    batches: Sequence[int],
+    rates: Sequence[float],
+    *,
+    attention: str = backbones.NATIVE,
+    turns: int,
+) -> list[Throughput]:
+    """Every network at every batch size and keep rate.
+
+    Raises:
+        UserError: an unknown network, one that drops no patches, a rate outside of (0, 1].
+    """
+    found = []
+    for name in names:
+        calls = [_ours(name, attention, {"keep_rate": rate}) for rate in rates]
+        for batch in batches:
+            images = _images(name, batch)
+            runs = [_timed(call, images) for call in calls]
+            best = np.min([[once() for once in runs] for _ in range(turns)], axis=0).tolist()
+            found += [
+                Throughput(name, batch, rate, *seconds)
+                for rate, seconds in zip(rates, best, strict=True)
+            ]
+    return found
+
+
+def _images(name: str, batch: int) -> np.ndarray:
+    side = backbones.VARIANTS[name].image_size
+    drawn = np.random.default_rng(0).standard_normal((batch, side, side, 3))
+    return drawn.astype(np.float32)
+
+
+def _timed(
+    call: Callable[[np.ndarray], Any], images: np.ndarray
+) -> Callable[[], tuple[float, float]]:
+    """Runs it once: seconds by the wall, and of the process on all cores."""
     call(images)  # compiles
 
-    def once() -> float:
-        begin = time.perf_counter()
+    def once() -> tuple[float, float]:
+        begin = time.perf_counter(), time.process_time()
         call(images)
-        return time.perf_counter() - begin
+        return time.perf_counter() - begin[0], time.process_time() - begin[1]
 
     return once
 
 
-def _ours(name: str, attention: str) -> Callable[[np.ndarray], Any]:
-    graph, state = nnx.split(backbones.create(name, attention=attention))
+def _ours(
+    name: str, attention: str, options: Mapping[str, Any] | None = None
+) -> Callable[[np.ndarray], Any]:
+    graph, state = nnx.split(backbones.create(name, options, attention=attention))
     forward = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
     return lambda images: forward(state, images).block_until_ready()
 
@@ -121,18 +170,38 @@ def table(found: Sequence[Latency]) -> str:
     return "\n".join(lines)
 
 
+def rates_table(found: Sequence[Throughput]) -> str:
+    """Images a second, and how many times those of the network's first rate, in Markdown."""
+    head = ["network", "batch", "keep rate", "images/s", "times", "images/CPU s", "times"]
+    lines = [row(head), row(["---", *["--:"] * (len(head) - 1)])]
+    first = {}
+    for one in found:
+        base = first.setdefault((one.name, one.batch), one)
+        cells = [f"`{one.name}`", str(one.batch), f"{one.keep_rate:g}"]
+        for mine, its in ((one.wall, base.wall), (one.cpu, base.cpu)):
+            cells += [f"{one.batch / mine:.1f}", f"{its / mine:.2f}"]
+        lines.append(row(cells))
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str]) -> None:
     """Measure what the command line names, and print the table."""
     parser = argparse.ArgumentParser(prog="latency", description="Seconds of a forward pass.")
     parser.add_argument("names", nargs="+")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16])
+    parser.add_argument("--keep_rates", nargs="+", type=float)
     parser.add_argument("--attention", default=backbones.NATIVE)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--json", help="where to write the figures as well")
     asked = parser.parse_args(argv[1:])
     require(min(asked.batch) > 0, f"--batch {min(asked.batch)} must be positive")
-    found = measure(asked.names, asked.batch, attention=asked.attention, turns=asked.turns)
-    print(table(found))
+    how = {"attention": asked.attention, "turns": asked.turns}
+    if asked.keep_rates:
+        found = throughputs(asked.names, asked.batch, asked.keep_rates, **how)
+        print(rates_table(found))
+    else:
+        found = measure(asked.names, asked.batch, **how)
+        print(table(found))
     if asked.json:
         Path(asked.json).write_text(json.dumps([one._asdict() for one in found], indent=1) + "\n")
 
