@@ -64,12 +64,12 @@ def trained(path: Path, *, examples: int) -> tuple[nnx.Module, Int[Array, "B T"]
 def softmax_maps(model: nnx.Module, inputs: Any) -> list[Float[Array, "B H T S"]]:
     """The weights of every softmax attention of the model on these inputs, layer by layer."""
     layers = [module for _, module in nnx.iter_modules(model) if isinstance(module, MultiHead)]
-    layers = [layer for layer in layers if isinstance(layer.core, Softmax)]
-    for layer in layers:
-        layer.core = Watched(layer.core)
+    cores = [(layer, layer.core) for layer in layers if isinstance(layer.core, Softmax)]
+    for layer, core in cores:
+        layer.core = Watched(core)
     _, said = nnx.capture(model, Seen)(inputs, rngs=None)
-    for layer in layers:
-        layer.core = layer.core.core
+    for layer, core in cores:
+        layer.core = core
     found = {str(path): variable.get_value()[0] for path, variable in nnx.to_flat_state(said)}
     return [found[path] for path in sorted(found)]
 
