@@ -1,7 +1,6 @@
 """Costs of layers: multiply-adds by their formulas, memory that holds what it must."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -9,7 +8,7 @@ from flax import nnx
 from efficient_attn.attention import Site
 from efficient_attn.errors import UserError
 from efficient_attn.tools.measures.baselines import BASELINES
-from efficient_attn.tools.measures.cost import Layers, Layout, exact, measure
+from efficient_attn.tools.measures.cost import Layers, Layout, exact, functions, measure
 from kernels import Mask, reference
 
 SMALL = {"part": "block", "length": 64, "width": 16, "heads": 2, "depth": 1, "mlp_ratio": 4.0}
@@ -62,8 +61,11 @@ def test_measure_compares_and_times_up_to_a_length():
 
 def test_layers_share_what_their_mechanism_shares():
     layout = Layout(**(SMALL | {"depth": 2}))
-    layers = Layers("linformer(rank=8, sharing='layerwise')", layout, rngs=nnx.Rngs(0))
-    assert len(layers.shared) == 1
-    assert layers(jnp.ones((1, 64, 16))).shape == (1, 64, 16)
+    expression = "linformer(rank=8, sharing='layerwise')"
+    layers = nnx.eval_shape(lambda: Layers(expression, layout, rngs=nnx.Rngs(0)))
+    assert len(layers.layers) == 2 and len(layers.shared) == 1
+    made, arguments = functions(expression, layout)
+    given = jax.eval_shape(lambda: arguments(0))
+    assert jax.eval_shape(made["forward"], *given).shape == (1, 64, 16)
     with pytest.raises(UserError, match="lnear"):
         Layers("lnear", layout, rngs=nnx.Rngs(0))

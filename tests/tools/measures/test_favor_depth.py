@@ -17,6 +17,7 @@ def test_softmax_in_its_own_place_is_exact_and_features_are_not():
     assert found["output_error"] > 1e-6
 
 
+@pytest.mark.slow
 def test_one_block_is_that_of_the_module_with_softmax_weights():
     found = measure(seed=3, expression="performer(features=4)", depth=1, **SMALL)
     (key,) = jax.random.split(jax.random.key(3), 1)

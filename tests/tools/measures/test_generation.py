@@ -35,6 +35,7 @@ def test_a_cache_is_read_whole_and_a_state_is_as_large_at_every_length():
     assert adds["linear"][0] == adds["linear"][1]
 
 
+@pytest.mark.slow
 def test_softmax_beside_itself_and_without_its_cache():
     given = {"seed": 0, "expression": "softmax", "length": 8, "turns": 1, **SHAPE}
     found = generation.measure(carry=True, **given)
