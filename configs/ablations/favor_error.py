@@ -5,8 +5,8 @@ Choromanski et al. 2021 (arXiv 2009.14794), figure 4, lemma 2 and theorem 2.
     python -m efficient_attn.tools.ablate --config=configs/ablations/favor_error.py --scale=small
 
 Five CPU minutes at small; "paper" has the figure's L = 4096, its 15 samples, and more draws of the
-kernel. Expect the claims to hold but those on
-orthogonal rows with N(0, 1); the lines through the kernel's errors are formulas, no fit.
+kernel. Expect the claims to hold but those on orthogonal rows with N(0, 1); the lines through the
+kernel's errors are formulas, no fit.
 
 Trap: the paper says only that its matrices are "appropriately normalized", and that decides who
 wins. With entries of N(0, 1) trigonometric features fail, their normaliser being of either sign,
