@@ -38,7 +38,8 @@ def softmax_attention(
     and t does too, unless `positions` says where the queries stand. Logits and their softmax are
     float32 whatever the inputs are. Memory is linear in T for a given S. "tiled" is for a CPU,
     where "auto" takes it from 256 tokens on, for two to four times the speed and a tenth of the
-    memory (`kernels.chunked_softmax`); it has no `logit_cap` and no `slopes`.
+    memory (`kernels.chunked_softmax`); it has no `logit_cap`, no `slopes` and no forward-mode
+    derivative: `jax.jvp` and `jax.linearize` need backend="xla" there.
 
     Raises:
         ValueError: the mask does not fit, or G does not divide H.
