@@ -94,6 +94,7 @@ def test_finished_rows_are_not_run_again_and_more_seeds_are_only_added(done):
     complete, said = run(file, seeds=3, only="x=2*")
     assert complete and "4 of 6 runs are finished already" in said
     assert calls(file)[8:] == ["2 1 2", "2 2 2"]
+    assert len(records(place)) == 10
 
 
 def test_only_chosen_rows_are_run_and_the_others_say_so(tmp_path):
