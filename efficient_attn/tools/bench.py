@@ -214,6 +214,8 @@ def draw_figure(rows: Sequence[Row], path: Path) -> None:
                           label=", ".join(kind))  # fmt: skip
         axes.set(xlabel="length", ylabel=label, yscale="log")
         axes.set_xscale("log", base=2)
+        lengths = sorted({row.length for row in rows})
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=7)

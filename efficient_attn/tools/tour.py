@@ -106,7 +106,8 @@ class Spy:
     """A mixer that keeps what it was given."""
 
     def __init__(self, mixer: Any):
-        self.mixer, self.seen = mixer, None
+        self.mixer = mixer
+        self.seen: Any = None
 
     def __call__(self, x, context=None, *, mask, positions=None, rngs=None, shared):
         """What the mixer gives."""
