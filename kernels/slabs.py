@@ -16,11 +16,11 @@ def most_tokens(width: int) -> int:
     return max(NUMBERS // width, FEWEST)
 
 
-def slab_size(length: int, most: int) -> int:
-    """Tokens of a slab, `most` at the most: a divisor of the length where there is one."""
+def slab_size(length: int, most: int, *, whole: bool = False) -> int:
+    """Tokens of a slab, `most` at the most: a divisor of the length if `whole`, or one is near."""
     most = min(length, most)
-    whole = (size for size in range(most, most // 2, -1) if not length % size)
-    return next(whole, -(-length // -(-length // most)))
+    divisors = (size for size in range(most, 0 if whole else most // 2, -1) if not length % size)
+    return next(divisors, -(-length // -(-length // most)))
 
 
 def filled(x, size: int):
@@ -28,14 +28,14 @@ def filled(x, size: int):
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
 
 
-def like(x, size: int):
+def like(x, size: int, rows: int = 1):
     """Zeros like a slab of x, and like its positions."""
-    return jnp.zeros((1, size, *x.shape[2:]), x.dtype), jnp.zeros((1, size), jnp.int32)
+    return jnp.zeros((rows, size, *x.shape[2:]), x.dtype), jnp.zeros((rows, size), jnp.int32)
 
 
-def hoisted(features: FeatureMap, x, size: int):
+def hoisted(features: FeatureMap, x, size: int, rows: int = 1):
     """`features` of a slab as a function of all that they depend on, and what that is beside it."""
-    return jax.closure_convert(lambda x, at: features(x, at), *like(x, size))  # one per call
+    return jax.closure_convert(lambda x, at: features(x, at), *like(x, size, rows))  # one a call
 
 
 def turns_over(x, size: int) -> tuple[int, Callable, Callable]:

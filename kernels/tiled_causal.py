@@ -1,7 +1,8 @@
 """Causal linear attention slab by slab, for a CPU; see `kernels.tiled_linear`.
 
-Inside a slab of C tokens, A = tril(q k^T), queries read A v + q S and A 1 + q z, S and z being the
-sums of k v^T and of k over the slabs before. These are kept, R (Dv + 1) numbers a slab and head.
+A slab is of few tokens here, but of several sequences, so that its products fill all cores. Inside
+one of C tokens, A = tril(q k^T), queries read A v + q S and A 1 + q z, S and z being the sums of
+k v^T and of k over the slabs before. These are kept, R (Dv + 1) numbers a slab, sequence and head.
 Backward goes the other way and makes A once more.
 """
 
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float
 from kernels.fused.passes import LEAST
 from kernels.linear_chunk import FeatureMap, Tokens, divide, given, grouped, keys_of, turned
 from kernels.mask import Mask
-from kernels.slabs import filled, hoisted, like, put, room, slab_size, take, turns_over
+from kernels.slabs import filled, hoisted, like, most_tokens, room, slab_size
 from kernels.target import refuse_division, target
 
 SHORTEST = 256
@@ -26,11 +27,16 @@ MOST = 64
 
 
 class _How(NamedTuple):
-    """What is static: features of queries and of keys at places, and what they close over; C."""
+    """What is static: features at places and of what they close over; a slab's sequences, tokens.
+
+    There are `each` slabs, one after the other, of the same sequences.
+    """
 
     of_queries: Callable
     of_keys: Callable
+    rows: int
     size: int
+    each: int
 
 
 class _Given(NamedTuple):
@@ -58,12 +64,16 @@ def tiled_causal(
     del log_scale
     phi = grouped(features or given, q.shape[2])
     size = slab_size(q.shape[1], min(chunk, MOST))
-    of_queries, own = hoisted(phi, q, size)
-    of_keys, other = hoisted(phi, k, size)
+    rank = jax.eval_shape(phi, *like(q, 1))[0].shape[3]
+    most = most_tokens(q.shape[2] * max(rank, q.shape[3], v.shape[3]))
+    rows = slab_size(q.shape[0], max(1, most // size), whole=True)
+    of_queries, own = hoisted(phi, q, size, rows)
+    of_keys, other = hoisted(phi, k, size, rows)
     seen = None if mask.keys is None else filled(mask.keys, size)
     q_whole, k_whole, v_whole = (filled(x, size) for x in (q, k, v))
     given_whole = _Given(q_whole, k_whole, v_whole, seen, own, other)
-    out: Array = _attend(_How(of_queries, of_keys, size), given_whole)
+    how = _How(of_queries, of_keys, rows, size, q_whole.shape[1] // size)
+    out: Array = _attend(how, given_whole)
     return out[:, : q.shape[1]].astype(v.dtype)
 
 
@@ -86,6 +96,10 @@ def worth_causal(q, k, v, *, features, log_scale, mask: Mask, chunk: int) -> boo
     return q.shape[1] >= SHORTEST and not refuse_division()
 
 
+def _turns(how: _How, x: _Given) -> int:
+    return x.q.shape[0] // how.rows * how.each
+
+
 def _queries(how: _How, q, at, own):
     return turned(how.of_queries(q, at, *own)[0])
 
@@ -95,10 +109,31 @@ def _keys(how: _How, k, v, seen, at, other):
     return keys_of(tokens, lambda x, at: how.of_keys(x, at, *other))[:2]
 
 
-def _past(i, of, state):
-    """The sums before slab i: none where a sequence begins."""
-    begins = of(i) != of(jnp.maximum(i - 1, 0))
-    return jax.tree.map(lambda x: jnp.where(begins, 0.0, x), state)
+def _start(how: _How, i, x):
+    """Where slab i of x [B,T,...] starts."""
+    return (i // how.each * how.rows, i % how.each * how.size, *(0 for _ in x.shape[2:]))
+
+
+def _take(how: _How, arrays, i):
+    shape = lambda x: (how.rows, how.size, *x.shape[2:])  # noqa: E731
+    one = lambda x: jax.lax.dynamic_slice(x, _start(how, i, x), shape(x))  # noqa: E731
+    return jax.tree.map(one, arrays)
+
+
+def _put(how: _How, arrays, new, i):
+    one = lambda x, y: jax.lax.dynamic_update_slice(x, y, _start(how, i, x))  # noqa: E731
+    return jax.tree.map(one, arrays, new)
+
+
+def _at(how: _How, i):
+    """Positions of the tokens of slab i."""
+    places = i % how.each * how.size + jnp.arange(how.size, dtype=jnp.int32)
+    return jnp.broadcast_to(places[None], (how.rows, how.size))
+
+
+def _unless(edge, state):
+    """`state`, 0 at the edge of the sequences."""
+    return jax.tree.map(lambda x: jnp.where(edge, 0.0, x), state)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -108,27 +143,27 @@ def _attend(how: _How, x: _Given):
 
 def _forward(how: _How, x: _Given):
     """out [B,T,H,Dv], (the denominators [B,T,H], the sums before each slab)."""
-    turns, of, at = turns_over(x.q, how.size)
-    heads, dim = x.q.shape[2], x.v.shape[3]
-    rank = jax.eval_shape(how.of_queries, *like(x.q, how.size), *x.own)[0].shape[3]
+    turns, heads, dim = _turns(how, x), x.q.shape[2], x.v.shape[3]
+    rank = jax.eval_shape(how.of_queries, *like(x.q, how.size, how.rows), *x.own)[0].shape[3]
     order = jnp.tril(jnp.ones((how.size, how.size), bool))[None, None]
 
     def step(i, sofar):
         outs, states, state = sofar
-        sums, normaliser = _past(i, of, state)
-        q, k, v, seen = take((x.q, x.k, x.v, x.seen), i, how.size)
-        q = _queries(how, q, at(i), x.own)
-        k, v = _keys(how, k, v, seen, at(i), x.other)
+        sums, normaliser = _unless(i % how.each == 0, state)
+        q, k, v, seen = _take(how, (x.q, x.k, x.v, x.seen), i)
+        q = _queries(how, q, _at(how, i), x.own)
+        k, v = _keys(how, k, v, seen, _at(how, i), x.other)
         weights = jnp.where(order, jnp.einsum("bhtr,bhsr->bhts", q, k), 0.0)
         num = jnp.einsum("bhts,bhsd->bhtd", weights, v) + jnp.einsum("bhtr,bhrd->bhtd", q, sums)
         den = jnp.sum(weights, axis=-1) + jnp.einsum("bhtr,bhr->bht", q, normaliser)
         after = sums + jnp.einsum("bhsr,bhsd->bhrd", k, v), normaliser + jnp.sum(k, axis=2)
-        outs = put(outs, (turned(divide(num, den)), turned(den)), i, how.size)
-        return outs, put(states, (sums, normaliser), i), after
+        outs = _put(how, outs, (turned(divide(num, den)), turned(den)), i)
+        keep = lambda kept, new: jax.lax.dynamic_update_index_in_dim(kept, new, i, 0)  # noqa: E731
+        return outs, jax.tree.map(keep, states, (sums, normaliser)), after
 
     wide = jnp.zeros_like(x.q, jnp.float32, shape=(*x.q.shape[:3], dim))
-    state = tuple(jnp.zeros((1, heads, rank, *more)) for more in ((dim,), ()))
-    kept = jax.tree.map(lambda y: jnp.zeros((turns, *y.shape[1:])), state)
+    state = tuple(jnp.zeros((how.rows, heads, rank, *more)) for more in ((dim,), ()))
+    kept = jax.tree.map(lambda y: jnp.zeros((turns, *y.shape)), state)
     start = room((wide, wide[..., 0]), 1), room(kept, 3), state
     (out, den), states, _ = jax.lax.fori_loop(0, turns, step, start)
     return out, (den, states)
@@ -141,23 +176,22 @@ def _attend_forward(how: _How, x: _Given):
 
 def _attend_backward(how: _How, kept, dout):
     x, out, den, states = kept
-    turns, of, at = turns_over(x.q, how.size)
+    turns = _turns(how, x)
     order = jnp.tril(jnp.ones((how.size, how.size), bool))[None, None]
     add = lambda old, new: jax.tree.map(jnp.add, old, new)  # noqa: E731
 
     def step(turn, sofar):
         i = turns - 1 - turn
         grads, dconsts, later = sofar
-        ends = of(i) != of(jnp.minimum(i + 1, turns - 1))
-        dsums, dnormaliser = jax.tree.map(lambda y: jnp.where(ends, 0.0, y), later)
-        sums, normaliser = take(states, i)
-        given_i = take((x.q, x.k, x.v, x.seen, out, den, dout), i, how.size)
-        q, k, v, seen, out_i, den_i, dout_i = given_i
+        dsums, dnormaliser = _unless(i % how.each == how.each - 1, later)
+        sums, normaliser = jax.tree.map(lambda y: y[i], states)
+        parts = _take(how, (x.q, x.k, x.v, x.seen, out, den, dout), i)
+        q, k, v, seen, out_i, den_i, dout_i = parts
         inverse = jnp.where(jnp.abs(den_i) <= LEAST, 0.0, 1 / den_i)
         dden = turned(-jnp.einsum("bthd,bthd->bth", out_i, dout_i) * inverse)
         dnum = turned(dout_i * inverse[..., None])
-        q, back_q = jax.vjp(lambda q, own: _queries(how, q, at(i), own), q, x.own)
-        make = lambda k, v, other: _keys(how, k, v, seen, at(i), other)  # noqa: E731
+        q, back_q = jax.vjp(lambda q, own: _queries(how, q, _at(how, i), own), q, x.own)
+        make = lambda k, v, other: _keys(how, k, v, seen, _at(how, i), other)  # noqa: E731
         (k, v), back_k = jax.vjp(make, k, v, x.other)
         weights = jnp.where(order, jnp.einsum("bhtr,bhsr->bhts", q, k), 0.0)
         dweights = jnp.einsum("bhtd,bhsd->bhts", dnum, v) + dden[..., None]
@@ -171,11 +205,15 @@ def _attend_backward(how: _How, kept, dout):
         dsums = dsums + jnp.einsum("bhtr,bhtd->bhrd", q, dnum)
         dnormaliser = dnormaliser + jnp.einsum("bhtr,bht->bhr", q, dden)
         (dq, down), (dk, dv, dother) = back_q(dq), back_k((dk, dv))
-        grads = put(grads, (dq, dk, dv), i, how.size)
+        grads = _put(how, grads, (dq, dk, dv), i)
         return grads, add(dconsts, (down, dother)), (dsums, dnormaliser)
 
     zeros = functools.partial(jax.tree.map, jnp.zeros_like)
-    start = room((x.q, x.k, x.v), 5), zeros((x.own, x.other)), zeros(take(states, 0))
+    start = (
+        room((x.q, x.k, x.v), 5),
+        zeros((x.own, x.other)),
+        zeros(jax.tree.map(lambda y: y[0], states)),
+    )
     (dq, dk, dv), dconsts, _ = jax.lax.fori_loop(0, turns, step, start)
     return (_Given(dq, dk, dv, None, *dconsts),)
 

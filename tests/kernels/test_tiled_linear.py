@@ -41,7 +41,8 @@ def test_features_are_made_slab_by_slab_where_they_stand(scale):
 
 @pytest.mark.parametrize("made", [None, "features"])
 @pytest.mark.parametrize(("length", "mask"), [(7, "causal"), (64, "causal"), (67, "ragged")])
-def test_causal_is_the_references(length, mask, made):
+def test_causal_is_the_references(length, mask, made, monkeypatch):
+    monkeypatch.setattr(slabs, "FEWEST", 32 if made else 16)  # of two sequences, of one
     given, how = features(length), HOW | {"chunk": 16}
     visible = mask_of("causal", length)
     if mask == "ragged":
