@@ -156,12 +156,18 @@ def exact(expression: str, layout: Layout, mode: Mode) -> Exact:
         UserError: an expression that cannot be read, or does not fit.
     """
     made, arguments = functions(expression, layout)
-    abstract = jax.eval_shape(lambda: arguments(0))
-    one = jax.eval_shape(lambda x: x[:1], abstract[2])
-    analysis = jax.jit(made[mode]).lower(*abstract).compile().memory_analysis()
+    params, rest, x = jax.eval_shape(lambda: arguments(0))
+    analysis = compiled(expression, layout, mode).memory_analysis()
     assert analysis is not None
-    adds = multiply_adds(made["forward"], *abstract[:2], one)
+    adds = multiply_adds(made["forward"], params, rest, jax.eval_shape(lambda x: x[:1], x))
     return Exact(adds, analysis.temp_size_in_bytes)
+
+
+@functools.lru_cache(maxsize=8)
+def compiled(expression: str, layout: Layout, mode: Mode) -> jax.stages.Compiled:
+    """The function of (params, rest, x), for the device at hand."""
+    made, arguments = functions(expression, layout)
+    return jax.jit(made[mode]).lower(*jax.eval_shape(lambda: arguments(0))).compile()
 
 
 def by_turns(
@@ -170,8 +176,8 @@ def by_turns(
     """Seconds of a call of each, compiled before; the best of `turns`, one after another."""
     calls = []
     for expression in expressions:
-        made, arguments = functions(expression, layout)
-        calls.append((jax.jit(made[mode]), arguments(seed)))
+        _, arguments = functions(expression, layout)
+        calls.append((compiled(expression, layout, mode), arguments(seed)))
     best = [float("inf")] * len(calls)
     for turn in range(turns + 1):
         for at, (call, given) in enumerate(calls):
