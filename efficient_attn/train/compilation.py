@@ -19,7 +19,8 @@ def keep_compiled() -> None:
     JAX_ENABLE_COMPILATION_CACHE=false keeps nothing, JAX_COMPILATION_CACHE_DIR names another
     folder. Where no folder can be made, nothing is kept. Any number of processes may share one.
     """
-    if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir:
+    known = jax.config.values
+    if not known["jax_enable_compilation_cache"] or known["jax_compilation_cache_dir"]:
         return
     root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     folder = root / "efficient_attn" / "xla" / _processor()
