@@ -47,6 +47,33 @@ SHAPES = {
 }  # fmt: skip
 """Attention, hidden over width, width at small."""
 
+CLAIMS = [
+    Claim(
+        "multiply-adds are equal (within 7 %)",
+        lambda r: (
+            max(r.each("multiply_adds").values()) <= 1.07 * min(r.each("multiply_adds").values())
+        ),
+    ),
+    Claim(
+        "at equal multiply-adds LSRA, flat, is better than the usual Transformer",
+        lambda r: r.mean(LSRA_FLAT, "loss") < r.mean(WIDE, "loss"),
+    ),
+    Claim(
+        "a flat feed-forward layer is better for LSRA",
+        lambda r: r.mean(LSRA_FLAT, "loss") < r.mean(LSRA_WIDE, "loss"),
+    ),
+    Claim(
+        "LSRA's attention leaves what is near to the convolution: less of it falls on the "
+        "nearest tokens than of the twin's",
+        lambda r: r.mean(LSRA_FLAT, "attention_near") < r.mean(WIDE, "attention_near"),
+    ),
+]
+MAPS = [
+    (WIDE, "attention_map", "softmax"),
+    (LSRA_FLAT, "attention_map", "LSRA: attention"),
+    (LSRA_FLAT, "convolution_map", "LSRA: convolution"),
+]
+
 
 def get_sweep(scale: Scale, argument: str = "README.md") -> Sweep:
     """Two mechanisms with two feed-forward layers."""
@@ -83,37 +110,11 @@ def get_sweep(scale: Scale, argument: str = "README.md") -> Sweep:
             Column("attention_distance", "attention looks back, tokens", digits=3),
             Column("attention_near", "of it on the nearest 4 tokens, %", 100, digits=3),
         ],
-        claims=[
-            Claim(
-                "multiply-adds are equal (within 7 %)",
-                lambda r: (
-                    max(r.each("multiply_adds").values())
-                    <= 1.07 * min(r.each("multiply_adds").values())
-                ),
-            ),
-            Claim(
-                "at equal multiply-adds LSRA, flat, is better than the usual Transformer",
-                lambda r: r.mean(LSRA_FLAT, "loss") < r.mean(WIDE, "loss"),
-            ),
-            Claim(
-                "a flat feed-forward layer is better for LSRA",
-                lambda r: r.mean(LSRA_FLAT, "loss") < r.mean(LSRA_WIDE, "loss"),
-            ),
-            Claim(
-                "LSRA's attention leaves what is near to the convolution: less of it falls on the "
-                "nearest tokens than of the twin's",
-                lambda r: r.mean(LSRA_FLAT, "attention_near") < r.mean(WIDE, "attention_near"),
-            ),
-        ],
+        claims=CLAIMS,
         panels=[
-            Panel(draw=_map(WIDE, "attention_map"), title="softmax"),
-            Panel(draw=_map(LSRA_FLAT, "attention_map"), title="LSRA: attention"),
-            Panel(draw=_map(LSRA_FLAT, "convolution_map"), title="LSRA: convolution"),
-        ]
-        if scale != "smoke"
-        else [
-            Panel(draw=_map(LSRA_FLAT, "attention_map"), title="LSRA: attention"),
-            Panel(draw=_map(LSRA_FLAT, "convolution_map"), title="LSRA: convolution"),
+            Panel(draw=_map(label, metric), title=title)
+            for label, metric, title in MAPS
+            if label in shapes
         ],
         note="Test loss of a character language model; the paper translates. The maps are means "
         "over 32 examples, heads and layers: a row for each token, darker where it takes more, "
