@@ -80,7 +80,9 @@ def estimate(place: Place, chosen: Sequence[int], seeds: int) -> str:
             text, total = _clock(seconds), total + seconds
         shape = [f"{cost.parameters:,}", f"{2 * cost.multiply_adds:.2g}"] if cost else ["", ""]
         lines.append(row([f"`{label}`", *shape, text]))
-    if unknown == len(rows):
+    if all(len(found) == seeds for found in done.values()):
+        said = "all finished"
+    elif unknown == len(rows):
         said = "times are not known before"
     else:
         said = f"{_clock(total)} in one process, {how}"
