@@ -16,6 +16,7 @@ from efficient_attn.tools.ablate.load import load
 from efficient_attn.tools.ablate.pool import Pool, Task, accelerators, run_here
 from efficient_attn.tools.ablate.results import Place, Results
 from efficient_attn.tools.ablate.sweep import Scale, Sweep
+from efficient_attn.tools.ablate.table import Verdict
 from efficient_attn.tools.ablate.worker import Outcome
 from efficient_attn.train.workdir import read_json, write_json
 
@@ -56,8 +57,9 @@ def ablate(asked: Asked, console: Console | None = None) -> bool:
         write_json(place.path / "sweep.json", _about(asked, sweep))
         _run(asked, place, tasks, failures, console)
         results = Results(sweep.rows, place.gather())
-        _write(asked, place, results, failures)
-        _conclude(place, sweep, results, failures, asked, console)
+        verdicts = table.judge(sweep, results, asked.scale)
+        _write(asked, place, results, verdicts, failures)
+        _conclude(place, results, verdicts, failures, console)
         left = _unfinished(place, tasks)
         if left and not failures:
             console.print(f"stopped: {len(left)} of {len(tasks)} runs are left; run it again")
@@ -86,8 +88,9 @@ def _run(
 ) -> None:
     """Run the tasks that are not finished; `failures` begins with the rows that may not run."""
     rows, refused = place.sweep.rows, set(failures)
-    left = [(i, seed) for i, seed in _unfinished(place, tasks) if rows[i][0] not in refused]
-    done = len(tasks) - len(_unfinished(place, tasks))
+    unfinished = _unfinished(place, tasks)
+    left = [(i, seed) for i, seed in unfinished if rows[i][0] not in refused]
+    done = len(tasks) - len(unfinished)
     if done:
         console.print(f"{done} of {len(tasks)} runs are finished already")
     if not left:
@@ -120,25 +123,28 @@ def _about(asked: Asked, sweep: Sweep) -> dict[str, Any]:
     }
 
 
-def _write(asked: Asked, place: Place, results: Results, failures: dict[str, str]) -> None:
+def _write(
+    asked: Asked, place: Place, results: Results, verdicts: Sequence[Verdict],
+    failures: dict[str, str],
+) -> None:  # fmt: skip
     text = table.render(
-        place.sweep, results, scale=asked.scale, command=asked.command, failures=failures
+        place.sweep, results, verdicts, scale=asked.scale, command=asked.command, failures=failures
     )
     (place.path / "table.md").write_text(text)
     picture.draw(place.sweep, results, place.path)
     claims = [
         {"text": verdict.claim.text, "holds": verdict.holds, "why": verdict.why}
-        for verdict in table.judge(place.sweep, results, asked.scale)
+        for verdict in verdicts
     ]
     ended = {"claims": claims, "failures": failures}
     write_json(place.path / "sweep.json", _about(asked, place.sweep) | ended)
 
 
 def _conclude(
-    place: Place, sweep: Sweep, results: Results, failures: dict[str, str], asked: Asked,
+    place: Place, results: Results, verdicts: Sequence[Verdict], failures: dict[str, str],
     console: Console,
 ) -> None:  # fmt: skip
-    for verdict in table.judge(sweep, results, asked.scale):
+    for verdict in verdicts:
         console.print(f"{verdict.claim.text}: {verdict}", markup=False)
     for label, why in failures.items():
         console.print(f"failed: {label}: {why}", markup=False)

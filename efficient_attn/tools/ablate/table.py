@@ -37,9 +37,15 @@ def _judge(claim: Claim, results: Results, scale: Scale) -> Verdict:
 
 
 def render(
-    sweep: Sweep, results: Results, *, scale: Scale, command: str, failures: Mapping[str, str]
+    sweep: Sweep,
+    results: Results,
+    verdicts: Sequence[Verdict],
+    *,
+    scale: Scale,
+    command: str,
+    failures: Mapping[str, str],
 ) -> str:
-    """The whole of table.md."""
+    """The whole of table.md; the verdicts are those of `judge`."""
     lines = [f"# {sweep.title}", "", f"{sweep.source}. Scale: {scale}.", "", f"    {command}", ""]
     if sweep.note:
         lines += [sweep.note, ""]
@@ -48,9 +54,9 @@ def render(
     lines += [_rows(sweep, results), ""]
     if sweep.grid:
         lines += [_grid(sweep, results, *sweep.grid), ""]
-    if sweep.claims:
+    if verdicts:
         lines += [row(["the paper's claim", "ours"]), row(["---", "---"])]
-        lines += [row([v.claim.text, str(v)]) for v in judge(sweep, results, scale)]
+        lines += [row([verdict.claim.text, str(verdict)]) for verdict in verdicts]
         lines.append("")
     if failures:
         lines += ["Failed:", "", *(f"- `{label}`: {why}" for label, why in failures.items()), ""]
