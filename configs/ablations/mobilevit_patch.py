@@ -26,6 +26,7 @@ from efficient_attn.tools.ablate import (
     Sweep,
     Training,
     drawn_at_smoke,
+    published_of,
 )
 
 STAGES = (
@@ -62,9 +63,7 @@ def get_sweep(scale: Scale, argument: str = "cifar10") -> Sweep:
             Column("multiply_adds", "multiply-adds"),
             Column("steps_per_second", "steps/s", digits=3),
         ],
-        published={
-            label: {"accuracy": PUBLISHED[label]} for label, _ in rows if label in PUBLISHED
-        },
+        published=published_of(rows, "accuracy", PUBLISHED),
         claims=[
             Claim(
                 "patches of 2 are more accurate than patches of 4",

@@ -30,6 +30,7 @@ from efficient_attn.tools.ablate import (
     Sweep,
     Training,
     drawn_at_smoke,
+    published_of,
 )
 
 SHAPES = {
@@ -61,7 +62,6 @@ def get_sweep(scale: Scale, argument: str = "cifar10") -> Sweep:
     if scale == "smoke":
         drawn_at_smoke(config, size=32)
         rows = rows[-1:]
-    labels = [label for label, _ in rows]
     return Sweep(
         title="Mixers in PoolFormer",
         source="MetaFormer, arXiv 2111.11418, table 5",
@@ -73,9 +73,7 @@ def get_sweep(scale: Scale, argument: str = "cifar10") -> Sweep:
             Column("multiply_adds", "multiply-adds"),
             Column("steps_per_second", "steps/s", digits=3),
         ],
-        published={
-            label: {"accuracy": value} for label, value in PUBLISHED.items() if label in labels
-        },
+        published=published_of(rows, "accuracy", PUBLISHED),
         claims=[
             Claim(
                 "pooling is better than no mixing",

@@ -25,6 +25,7 @@ from efficient_attn.tools.ablate import (
     Sweep,
     Training,
     drawn_at_smoke,
+    published_of,
 )
 
 PUBLISHED = {
@@ -52,7 +53,6 @@ def get_sweep(scale: Scale, argument: str = "cifar10") -> Sweep:
     if scale == "smoke":
         drawn_at_smoke(config, size=64)
         rows = [("mobilevit_xxs, linformer", {"attention": "linformer", "model": SMALLEST})]
-    labels = [label for label, _ in rows]
     return Sweep(
         title="Light vision transformers, and attention swapped inside MobileViT",
         source="MobileViT, arXiv 2110.02178; V2, 2206.02680; LeViT, 2104.01136; Mobile-Former, "
@@ -65,9 +65,7 @@ def get_sweep(scale: Scale, argument: str = "cifar10") -> Sweep:
             Column("multiply_adds", "multiply-adds"),
             Column("steps_per_second", "steps/s", digits=3),
         ],
-        published={
-            name: {"accuracy": value} for name, value in PUBLISHED.items() if name in labels
-        },
+        published=published_of(rows, "accuracy", PUBLISHED),
         claims=[
             Claim(
                 "order: Mobile-Former-294M, LeViT-128S, MobileViT V2-0.5, MobileViT-XXS",

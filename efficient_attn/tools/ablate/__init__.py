@@ -11,6 +11,7 @@ from efficient_attn.tools.ablate.sweep import (
     Scale,
     Sweep,
     attentions,
+    published_of,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "at_smoke",
     "attentions",
     "drawn_at_smoke",
+    "published_of",
 ]

@@ -135,3 +135,11 @@ class Sweep:
 def attentions(*expressions: str) -> list[Row]:
     """A row for each attention expression, labelled by itself."""
     return [(expression, {"attention": expression}) for expression in expressions]
+
+
+def published_of(
+    rows: Sequence[Row], metric: str, values: Mapping[str, Number]
+) -> dict[str, dict[str, Number]]:
+    """`Sweep.published` of one metric, for the rows that there are: a smaller scale has fewer."""
+    labels = {label for label, _ in rows}
+    return {label: {metric: value} for label, value in values.items() if label in labels}
