@@ -1,5 +1,6 @@
 """From a source to batches: endless and shuffled for training, once and in order for evaluation."""
 
+import sys
 from collections.abc import Iterator
 from functools import partial
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from efficient_attn.data.augment import Augmented
 from efficient_attn.data.base import Batch, Drawn, Source
+from efficient_attn.data.order import Order
 from efficient_attn.data.sources import Items
 from efficient_attn.errors import UserError
 
@@ -27,14 +29,11 @@ def train_batches(
         UserError: the source is empty.
     """
     check(source)
-    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
-    if repeats > 1:
-        order = _InARow(order, repeats)
+    batches = _Numbered(Order(len(source), seed), batch_size=batch_size, repeats=repeats)
     if isinstance(source, Drawn):
-        draw = partial(_draw, source, seed)
-        batches = order.map_with_index(_numbered).batch(batch_size).map(draw)
+        batches = batches.map(partial(_draw, source, seed))
     else:
-        batches = order.batch(batch_size).map(source.gather)
+        batches = batches.map(partial(_gather, source))
     # One thread prepares the next batch while the model computes; decoding files takes more.
     threads = 4 if isinstance(source, Items | Augmented) else 1
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
@@ -51,26 +50,27 @@ def check(source: Source) -> None:
         raise UserError("the train split is empty: hold out less of it, or add data")
 
 
-class _InARow(grain.MapDataset):
-    """Each element of an endless data set so many times in a row."""
+class _Numbered(grain.MapDataset):
+    """Endless batches of (numbers [B] in the run, examples [B]), each example `repeats` times."""
 
-    def __init__(self, parent: grain.MapDataset, times: int):
-        super().__init__(parent)
-        self.times = times
+    def __init__(self, order: Order, *, batch_size: int, repeats: int):
+        super().__init__()
+        self.order, self.batch_size, self.repeats = order, batch_size, repeats
 
     def __len__(self) -> int:
-        return len(self._parent)
+        return sys.maxsize // self.batch_size
 
     def __getitem__(self, index):
-        return self._parent[index // self.times]
+        numbers = np.arange(index * self.batch_size, (index + 1) * self.batch_size)
+        return numbers, self.order.at(numbers // self.repeats)
 
 
-def _numbered(number: int, index: int) -> tuple[int, int]:
-    return number, index
+def _gather(source: Source, batch: tuple[np.ndarray, np.ndarray]) -> Batch:
+    return source.gather(batch[1])
 
 
-def _draw(source: Drawn, seed: int, pairs: tuple[np.ndarray, np.ndarray]) -> Batch:
-    numbers, indices = pairs
+def _draw(source: Drawn, seed: int, batch: tuple[np.ndarray, np.ndarray]) -> Batch:
+    numbers, indices = batch
     return source.draw(indices, numbers=numbers, seed=seed)
 
 
