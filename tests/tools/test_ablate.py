@@ -13,6 +13,7 @@ from efficient_attn.tools.ablate.__main__ import main
 from efficient_attn.tools.ablate.display import Display
 from efficient_attn.tools.ablate.load import load
 from efficient_attn.tools.ablate.results import Missing, Place, Results
+from efficient_attn.tools.ablate.runners import Measuring
 from efficient_attn.tools.ablate.table import short
 from efficient_attn.tools.ablate.worker import Outcome
 from tests.tools.sweeps import TRAINED, calls, records, run, write
@@ -108,6 +109,33 @@ def test_only_chosen_rows_are_run_and_the_others_say_so(tmp_path):
     assert "1/2 x=1, slope=1, seed 0: height % 100 after 0 s" in said
 
 
+BROKEN = """
+whole = rows
+
+def rows():
+    return [(name, o | {"fault": "bug"} if o == {"x": 2, "slope": 1} else o) for name, o in whole()]
+"""
+
+
+def test_a_failed_cell_of_a_grid_says_so(tmp_path):
+    file = write(tmp_path, more=BROKEN)
+    assert not run(file)[0]
+    assert table_rows(tmp_path / "out")["1"] == ["100", "failed"]
+
+
+def test_each_row_is_resolved_once_in_a_sweep(tmp_path, monkeypatch):
+    resolved = []
+    true = Measuring.identity
+
+    def identity(runner, overrides):
+        resolved.append(overrides["x"])
+        return true(runner, overrides)
+
+    monkeypatch.setattr(Measuring, "identity", identity)
+    run(write(tmp_path, more="ROWS = [(str(x), {'x': x}) for x in (3, 4)]\nCLAIMS = []"), seeds=2)
+    assert resolved == [3, 4]
+
+
 def test_a_changed_row_is_another_one_and_the_old_one_is_kept(tmp_path):
     file = write(tmp_path, more='ROWS = [("a", {"x": 1})]\nCLAIMS = []')
     run(file)
@@ -129,11 +157,13 @@ def test_a_failing_row_leaves_the_others_running_and_is_run_by_the_next_call(tmp
     assert "failed: bug: ZeroDivisionError: divided by nothing" in said
     assert [r["label"] for r in records(tmp_path / "out")] == ["good", "last"]
     text = (tmp_path / "out" / "table.md").read_text()
-    assert "- `bug`: ZeroDivisionError: divided by nothing" in text
+    assert "Failed:\n\n- `user`: x=3" in text and "- `bug`: ZeroDivisionError: divided by" in text
+    rows = table_rows(tmp_path / "out")
+    assert rows["bug"] == ["failed", "failed"] and rows["good"] == ["200", "2"]
     (tmp_path / "mended").touch()
     complete, said = run(file)
     assert complete and calls(file)[4:] == ["3 2 0", "2 2 0"]
-    assert "Failed" not in (tmp_path / "out" / "table.md").read_text()
+    assert "ailed" not in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_at_smoke_scale_no_claim_is_judged(tmp_path):
@@ -194,10 +224,13 @@ def test_rows_of_another_size_are_refused_where_equal_parameters_are_asked_for(t
     file = write(tmp_path, TRAINED, sizes(ROWS=rows, EQUAL=0.1))
     complete, said = run(file, only="[wo]*")
     assert not complete
-    assert "failed: wide: its 1" in said and "parameters differ by +" in said
+    assert "refused: wide: its 1" in said and "parameters differ by +" in said
     assert "of softmax; 10 % are allowed" in said
-    assert "failed: odd: unknown attention 'perfromer'" in said
+    assert "refused: odd: unknown attention 'perfromer'" in said
     assert not list((tmp_path / "out").glob("rows/*"))
+    found = table_rows(tmp_path / "out")
+    assert found["wide"][0] == found["odd"][0] == "refused" and found["softmax"][0] == "not run"
+    assert "Refused:\n\n- `wide`: its 1" in (tmp_path / "out" / "table.md").read_text()
     file = write(tmp_path / "b", TRAINED, sizes(ROWS=[ODD, WIDE], EQUAL=0.1))
     with pytest.raises(UserError, match="row odd, whose size others are to have"):
         run(file)

@@ -73,7 +73,7 @@ def test_a_page_has_the_table_the_picture_and_the_records(ran, tmp_path):
         f"line-small.{kind}" for kind in ("md", "svg", "json", "jsonl")
     }
     page = (out / "line-small.md").read_text()
-    assert "![A line](line-small.svg)" in page and "| `x=3` | not run |" in page
+    assert "![A line](line-small.svg)" in page and "| `x=3` | failed |" in page
     assert "ZeroDivisionError" in page and "/line-small/rows" not in page
     assert (out / "line-small.jsonl").read_text() == (ran / "results.jsonl").read_text()
 

@@ -16,7 +16,7 @@ from efficient_attn.tools.ablate.load import load
 from efficient_attn.tools.ablate.pool import Pool, Task, accelerators, run_here
 from efficient_attn.tools.ablate.results import Place, Results
 from efficient_attn.tools.ablate.sweep import Scale, Sweep
-from efficient_attn.tools.ablate.table import Verdict
+from efficient_attn.tools.ablate.table import Failure, Verdict
 from efficient_attn.tools.ablate.worker import Outcome
 from efficient_attn.train.workdir import read_json, write_json
 
@@ -51,7 +51,8 @@ def ablate(asked: Asked, console: Console | None = None) -> bool:
         console.print(estimate(place, chosen, asked.seeds), markup=False)
         return True
     tasks = [(index, seed) for seed in range(asked.seeds) for index in chosen]
-    failures = weigh(sweep, chosen)[1] if sweep.equal_parameters is not None else {}
+    refused = weigh(sweep, chosen)[1] if sweep.equal_parameters is not None else {}
+    failures = {label: Failure(label, "refused", why) for label, why in refused.items()}
     with place.hold():
         _check(place, asked)
         write_json(place.path / "sweep.json", _about(asked, sweep))
@@ -84,7 +85,11 @@ def _unfinished(place: Place, tasks: Sequence[Task]) -> list[Task]:
 
 
 def _run(
-    asked: Asked, place: Place, tasks: Sequence[Task], failures: dict[str, str], console: Console
+    asked: Asked,
+    place: Place,
+    tasks: Sequence[Task],
+    failures: dict[str, Failure],
+    console: Console,
 ) -> None:
     """Run the tasks that are not finished; `failures` begins with the rows that may not run."""
     rows, refused = place.sweep.rows, set(failures)
@@ -103,7 +108,8 @@ def _run(
                 row, seed = rows[task[0]], task[1]
                 log = place.of(row, seed) / "log.txt"
                 name = row[0] + f", seed {seed}" * (asked.seeds > 1)
-                failures[name] = outcome.why + f" ({log})" * log.exists()
+                why = outcome.why + f" ({log})" * log.exists()
+                failures[name] = Failure(row[0], "failed", why)
             display.ended(task, outcome)
 
         if wanted == 0:
@@ -125,7 +131,7 @@ def _about(asked: Asked, sweep: Sweep) -> dict[str, Any]:
 
 def _write(
     asked: Asked, place: Place, results: Results, verdicts: Sequence[Verdict],
-    failures: dict[str, str],
+    failures: dict[str, Failure],
 ) -> None:  # fmt: skip
     text = table.render(
         place.sweep, results, verdicts, scale=asked.scale, command=asked.command, failures=failures
@@ -136,16 +142,16 @@ def _write(
         {"text": verdict.claim.text, "holds": verdict.holds, "why": verdict.why}
         for verdict in verdicts
     ]
-    ended = {"claims": claims, "failures": failures}
+    ended = {"claims": claims, "failures": {name: f.why for name, f in failures.items()}}
     write_json(place.path / "sweep.json", _about(asked, place.sweep) | ended)
 
 
 def _conclude(
-    place: Place, results: Results, verdicts: Sequence[Verdict], failures: dict[str, str],
+    place: Place, results: Results, verdicts: Sequence[Verdict], failures: dict[str, Failure],
     console: Console,
 ) -> None:  # fmt: skip
     for verdict in verdicts:
         console.print(f"{verdict.claim.text}: {verdict}", markup=False)
-    for label, why in failures.items():
-        console.print(f"failed: {label}: {why}", markup=False)
+    for name, failure in failures.items():
+        console.print(f"{failure.kind}: {name}: {failure.why}", markup=False)
     console.print(f"{len(results.records)} runs: {place.path / 'table.md'}", markup=False)

@@ -1,13 +1,21 @@
 """table.md of a sweep: ours beside the paper's, its claims, and what was not run."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from efficient_attn.tools.ablate.results import Missing, Results
 from efficient_attn.tools.ablate.sweep import Claim, Column, Number, Scale, Sweep
 from efficient_attn.tools.table import row
 
 ABSENT = "not run"
+
+
+class Failure(NamedTuple):
+    """Why a row has no result: its run failed, or it was refused before any run."""
+
+    label: str
+    kind: Literal["failed", "refused"]
+    why: str
 
 
 class Verdict(NamedTuple):
@@ -43,53 +51,61 @@ def render(
     *,
     scale: Scale,
     command: str,
-    failures: Mapping[str, str],
+    failures: Mapping[str, Failure],
 ) -> str:
-    """The whole of table.md; the verdicts are those of `judge`."""
+    """The whole of table.md; the verdicts are those of `judge`, the failures by the runs' names."""
+    kinds = {failure.label: failure.kind for failure in failures.values()}
     lines = [f"# {sweep.title}", "", f"{sweep.source}. Scale: {scale}.", "", f"    {command}", ""]
     if sweep.note:
         lines += [sweep.note, ""]
     if sweep.panels:
         lines += [f"![{sweep.title}](figure.svg)", ""]
-    lines += [_rows(sweep, results), ""]
+    lines += [_rows(sweep, results, kinds), ""]
     if sweep.grid:
-        lines += [_grid(sweep, results, *sweep.grid), ""]
+        lines += [_grid(sweep, results, kinds), ""]
     if verdicts:
         lines += [row(["the paper's claim", "ours"]), row(["---", "---"])]
         lines += [row([verdict.claim.text, str(verdict)]) for verdict in verdicts]
         lines.append("")
-    if failures:
-        lines += ["Failed:", "", *(f"- `{label}`: {why}" for label, why in failures.items()), ""]
+    for kind in dict.fromkeys(kinds.values()):
+        found = {name: failure.why for name, failure in failures.items() if failure.kind == kind}
+        lines += [f"{kind.capitalize()}:", ""]
+        lines += [*(f"- `{name}`: {why}" for name, why in found.items()), ""]
     lines.append(_origin(results))
     return "\n".join(lines) + "\n"
 
 
-def _rows(sweep: Sweep, results: Results) -> str:
+def _rows(sweep: Sweep, results: Results, kinds: Mapping[str, str]) -> str:
     """One line for each row; a column with published numbers takes three."""
-    head, kinds = ["row"], ["---"]
+    head, rule = ["row"], ["---"]
     told = {c.metric for c in sweep.columns if any(c.metric in p for p in sweep.published.values())}
     for column in sweep.columns:
         wide = column.metric in told
         head += [column.heading, *(["paper", "difference"] if wide else [])]
-        kinds += ["--:"] * (3 if wide else 1)
-    lines = [row(head), row(kinds)]
+        rule += ["--:"] * (3 if wide else 1)
+    lines = [row(head), row(rule)]
     for label, _ in sweep.rows:
         cells = [f"`{label}`"]
         for column in sweep.columns:
             published = sweep.published.get(label, {}).get(column.metric)
-            cells += _cells(results, label, column, published)[: 3 if column.metric in told else 1]
+            found = _cells(results, label, column, published, kinds)
+            cells += found[: 3 if column.metric in told else 1]
         lines.append(row(cells))
     return "\n".join(lines)
 
 
 def _cells(
-    results: Results, label: str, column: Column, published: Number | None
+    results: Results,
+    label: str,
+    column: Column,
+    published: Number | None,
+    kinds: Mapping[str, str],
 ) -> tuple[str, str, str]:
-    """Ours with its deviation, the paper's, the difference."""
+    """Ours with its deviation, or what became of the row; the paper's; the difference."""
     theirs = "" if published is None else column.show(published)
     if not results.values(label, column.metric):
         ran = any(record.label == label for record in results.records)
-        return ("" if ran else ABSENT), theirs, ""
+        return ("" if ran else kinds.get(label, ABSENT)), theirs, ""
     mean, deviation = results.mean(label, column.metric), results.deviation(label, column.metric)
     ours = column.show(mean)
     if deviation is not None:
@@ -100,9 +116,10 @@ def _cells(
     return ours, theirs, difference if difference.startswith("-") else f"+{difference}"
 
 
-def _grid(sweep: Sweep, results: Results, down: str, across: str) -> str:
-    """The first column's metric over two options; the paper's in brackets."""
-    column, options = sweep.columns[0], dict(sweep.rows)
+def _grid(sweep: Sweep, results: Results, kinds: Mapping[str, str]) -> str:
+    """The first column's metric over the two options of `sweep.grid`; the paper's in brackets."""
+    assert sweep.grid is not None
+    (down, across), column, options = sweep.grid, sweep.columns[0], dict(sweep.rows)
     lefts = _in_order([o[down] for o in options.values() if down in o and across in o])
     tops = _in_order([o[across] for o in options.values() if down in o and across in o])
     lines = [row([f"{column.heading} by {down} and {across}", *map(str, tops)])]
@@ -112,7 +129,9 @@ def _grid(sweep: Sweep, results: Results, down: str, across: str) -> str:
         for top in tops:
             labels = results.labels({down: left, across: top})
             published = sweep.published.get(labels[0], {}).get(column.metric) if labels else None
-            ours, theirs, _ = _cells(results, labels[0], column, published) if labels else [""] * 3
+            ours = theirs = ""
+            if labels:
+                ours, theirs, _ = _cells(results, labels[0], column, published, kinds)
             cells.append(f"{ours} ({theirs})" if theirs else ours)
         lines.append(row([str(left), *cells]))
     return "\n".join(lines)
