@@ -15,6 +15,7 @@ from einops import rearrange, repeat
 from jaxtyping import Array, Float
 
 from kernels.dispatch import Backend, Path, run
+from kernels.fused import gated_linear as fused_by_channel
 from kernels.fused import linear as fused_linear
 from kernels.mask import Mask
 from kernels.recurrence import Reach, causal, fade, scan_chunks, written
@@ -51,7 +52,10 @@ def gated_linear_attention(
     if v.shape[2] % q.shape[2]:
         raise ValueError(f"{q.shape[2]} groups of keys do not divide {v.shape[2]} heads")
     how = {"mask": mask, "chunk": chunk, "state": initial_state}
-    paths = {"pallas": Path(fused_linear.gated, fused_linear.refuse_gated), "xla": Path(_xla)}
+    kernel = Path(fused_linear.gated, fused_linear.refuse_gated)
+    if log_decay.ndim == 4:
+        kernel = Path(fused_by_channel.by_channel, fused_by_channel.refuse_by_channel)
+    paths = {"pallas": kernel, "xla": Path(_xla)}
     return run("gated_linear_attention", backend, paths, (q, k, v, log_decay), how)
 
 

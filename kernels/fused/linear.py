@@ -164,10 +164,10 @@ def _linear(q, k, v, weight, half, log_scale, mask: Mask):
     length, rank = q.shape[1], k.shape[3] if weight is None else weight.shape[0]
     chunk, of_keys = (_chunk_length(x.shape[1], rank, v.shape[3]) for x in (q, k))
     if log_scale is not None:
-        log_scale = rearrange(_pad(log_scale, of_keys, -jnp.inf), "b s g -> b g s")
-    k, v = _pad(k, of_keys), _pad(v, of_keys)
+        log_scale = rearrange(pad(log_scale, of_keys, -jnp.inf), "b s g -> b g s")
+    k, v = pad(k, of_keys), pad(v, of_keys)
     how = How(*target(), chunk, True, half)
-    return two_sided(how, of_keys, _pad(q, chunk), k, v, weight, log_scale)[:, :length]
+    return two_sided(how, of_keys, pad(q, chunk), k, v, weight, log_scale)[:, :length]
 
 
 def _causal(q, k, v, weight, half, log_scale, mask: Mask, state):
@@ -209,18 +209,18 @@ def _in_chunks(q, k, v, weight, half, log_scale, mask: Mask, *, scaled=False, lo
     def by_head(x, fill):
         if x is None:
             return None
-        return to_heads(rearrange(_pad(x, whole, fill), "b t h -> b h t"), heads)
+        return to_heads(rearrange(pad(x, whole, fill), "b t h -> b h t"), heads)
 
     segments = mask.segments
     if segments is not None:
         segments = jnp.pad(segments, [(0, 0), (0, -segments.shape[1] % whole)], mode="edge")
     scales = by_head(log_scale, -jnp.inf), by_head(log_decay, 0.0)
-    q, k, v = (_pad(x, whole) for x in (q, k, v))
+    q, k, v = (pad(x, whole) for x in (q, k, v))
     how = How(*target(), chunk, log_decay is None, half, count)
     return Tokens(q, k, v, weight, *scales, segments), how
 
 
-def _pad(x, chunk: int, fill=0.0):
+def pad(x, chunk: int, fill=0.0):
     if not x.shape[1] % chunk:
         return x
     width = [(0, 0), (0, -x.shape[1] % chunk)] + [(0, 0)] * (x.ndim - 2)

@@ -121,7 +121,7 @@ def _pass_backward(how: How, residuals, cotangents):
         crossing = jnp.sum(last * dleft.sums, axis=(2, 3))[..., None]
         log_decay = _cumsum_back(q_dq - k_dk) + crossing
     grads = Tokens(
-        _grouped(dq, tokens.q), _grouped(dk, tokens.k), _grouped(dv, tokens.v), None,
+        grouped(dq, tokens.q), grouped(dk, tokens.k), grouped(dv, tokens.v), None,
         None if tokens.log_scale is None else k_dk, log_decay, None,
     )  # fmt: skip
     if entry is None:
@@ -169,7 +169,7 @@ def _two_sided_backward(how: How, chunk: int, residuals, dout):
         per = log_scale.shape[1]
         k_dk = jnp.sum(k_dk.reshape(k_dk.shape[0], per, -1, k_dk.shape[2]), axis=2)
     return (
-        _grouped(dq, q), _grouped(dk, k), _grouped(dv, v), None,
+        grouped(dq, q), grouped(dk, k), grouped(dv, v), None,
         None if log_scale is None else k_dk,
     )  # fmt: skip
 
@@ -210,7 +210,7 @@ def _plain(tokens: Tokens, dout):
     return ones, jnp.zeros_like(ones)
 
 
-def _grouped(x, like):
+def grouped(x, like):
     """The gradients [B,T,H,D] of H heads summed over those that share one of `like`."""
     if x.shape[2] != like.shape[2]:
         x = rearrange(x.astype(jnp.float32), "b t (g n) d -> b t g n d", g=like.shape[2]).sum(3)
