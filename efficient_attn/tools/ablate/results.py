@@ -45,6 +45,7 @@ class Place:
     def __init__(self, path: str | Path, sweep: Sweep):
         self.path, self.sweep = Path(path).expanduser().absolute(), sweep
         self.results = self.path / "results.jsonl"
+        self._rows: dict[str, Path] = {}
 
     def of(self, row: Row, seed: int) -> Path:
         """The directory of a row; another config's is another one.
@@ -52,7 +53,9 @@ class Place:
         Raises:
             UserError: the row overrides what there is not.
         """
-        return self._of(row) / f"seed-{seed}"
+        if row[0] not in self._rows:  # a config takes milliseconds to resolve
+            self._rows[row[0]] = self._of(row)
+        return self._rows[row[0]] / f"seed-{seed}"
 
     def _of(self, row: Row) -> Path:
         label, overrides = row
