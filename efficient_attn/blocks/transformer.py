@@ -36,6 +36,8 @@ class Shape:
     final_norm: whether one more follows the last block of a "pre" stack.
     layer_scale: what learned factors of each branch's channels begin with (LayerScale, arXiv
     2103.17239); None has no such factors.
+    branch_scale: what each branch's output is multiplied by, never learned (1 / skip_lam of LV-ViT,
+    arXiv 2104.10858, as released).
     dropout: of each branch's output and inside the feed-forward layer.
     drop_path: stochastic depth (arXiv 1603.09382): an example skips each branch of layer l = 1 ...
     L with the probability drop_path * l / L (equation 4), and kept branches are scaled up in
@@ -61,11 +63,12 @@ class Shape:
     norm_epsilon: float = 1e-6
     final_norm: bool = True
     layer_scale: float | None = None
+    branch_scale: float = 1.0
     residual: Literal["add", "reversible"] = "add"
     remat: bool = False
 
     def __post_init__(self):
-        for name in ("depth", "width", "heads", "mlp_ratio"):
+        for name in ("depth", "width", "heads", "mlp_ratio", "branch_scale"):
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
         for name in ("dropout", "drop_path"):
             require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} is not in [0, 1)")
@@ -205,7 +208,9 @@ class Block(nnx.Module):
         return self.cross.cross(y, memory, mask=mask or Mask(), shared=shared)
 
     def scaled(self, name: str, y: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        """The branch's output times its layer scale."""
+        """The branch's output times `branch_scale` and its layer scale."""
+        if self.shape.branch_scale != 1:
+            y = y * self.shape.branch_scale
         if self.shape.layer_scale is None:
             return y
         return y * self.scales[name][...].astype(y.dtype)[None, None]

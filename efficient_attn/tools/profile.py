@@ -32,7 +32,7 @@ from efficient_attn.tools.table import row
 from efficient_attn.train.flags import run
 from kernels.target import use
 
-HEADS = ("classifier", "student", "head", "norm")
+HEADS = ("classifier", "student", "dense", "head", "norm")
 """What stands after the last stage, by the names of a network's modules."""
 
 

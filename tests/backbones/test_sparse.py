@@ -326,6 +326,7 @@ def test_dynamicvit_with_grouped_heads():
         ("evit_small", {"pool": "mean", "placed": False}, "native", "pool='mean' has no class"),
         ("evit_small", {}, "synthesizer", "no queries and keys of its own; use one that has"),
         ("dynamicvit_deit_small", {}, "linear", "through the weights of softmax, and linear has"),
+        ("avit_tiny", {"pool": "dense"}, "native", "avit keeps none; use pool='cls'"),
         ("avit_tiny", {}, "gla", "gla does not support bidirectional"),
     ],
 )  # fmt: skip

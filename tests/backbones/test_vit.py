@@ -22,6 +22,9 @@ def create(source=IMAGE, attention="softmax", **options):
     [
         ({"patch": 5}, "patches of 5 do not tile images of 16 x 16; change model.patch"),
         ({"patch": 0}, "patch=0 must be positive"),
+        ({"patch": 5, "stem": 8}, "patch=5 must be even behind a stem"),
+        ({"stem": -1}, "stem=-1 is negative"),
+        ({"branch_scale": 0.0}, "branch_scale=0.0 must be positive"),
         ({"heads": 3}, "heads=3 does not divide width=16"),
         ({"width": 18, "positions": "sincos"}, "needs a width that 4 divides, not 18"),
         ({"source": TOKENS}, "reads images, not tokens"),

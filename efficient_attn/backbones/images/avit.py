@@ -55,6 +55,10 @@ class Avit(SparseVit):
             super().__post_init__()
             at_least(self, 0, "ponder", "prior")
             at_least(self, 1, "depth_prior")
+            require(
+                self.pool != "dense",
+                "pool='dense' scores every patch, and avit keeps none; use pool='cls'",
+            )
             require(0 < self.epsilon < 1, f"epsilon must be in (0, 1), not {self.epsilon}")
 
     config: Config

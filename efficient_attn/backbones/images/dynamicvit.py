@@ -25,6 +25,12 @@ from efficient_attn.config import require
 from kernels import Mask
 
 EPSILON = 1e-6  # of the masked softmax, as released
+CHANGES: dict[str, dict[str, Any]] = {
+    "dynamicvit_deit_256": {"width": 256, "heads": 4},
+    "dynamicvit_lvvit_s": {"layers": (5, 9, 13)},
+    "dynamicvit_lvvit_m": {"layers": (6, 11, 16)},
+}
+"""What the published networks have beyond those that they are made of."""
 
 
 class Predictor(nnx.Module):
@@ -63,7 +69,8 @@ class DynamicVit(SparseVit):
 
     The paper trains with the plain network as teacher beside it: `config.distill` with kind="soft",
     temperature 1, and weight 1/3 for its proportions. Of its two distillations that is the one of
-    the predictions; the one of the patches' features is not here.
+    the predictions; the one of the patches' features is not here. Over LV-ViT every patch that is
+    there is classified: in training those that are dropped as well, as released.
     """
 
     names = (
@@ -168,6 +175,8 @@ VARIANTS = variants(
         "dynamicvit_deit_256": "deit_small_patch16_224",
         "dynamicvit_deit_small": "deit_small_patch16_224",
         "dynamicvit_deit_base": "deit_base_patch16_224",
+        "dynamicvit_lvvit_s": "lvvit_s",
+        "dynamicvit_lvvit_m": "lvvit_m",
     },
-    lambda name: {"width": 256, "heads": 4} if name.endswith("256") else {},
+    lambda name: CHANGES.get(name, {}),
 )

@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from efficient_attn.attention import MultiHead
 from efficient_attn.backbones.base import Build, Input
+from efficient_attn.backbones.images import lv_vit, vision_transformer
 from efficient_attn.backbones.images.variants import Variant
-from efficient_attn.backbones.images.vision_transformer import VARIANTS as PLAIN
 from efficient_attn.backbones.vit import Vit
 from efficient_attn.blocks import Block
 from efficient_attn.config import require
@@ -106,10 +106,12 @@ def run(block: Block, name: str, x: Float[Array, "B T E"], given: dict[str, Any]
 def variants(
     family: type[SparseVit], names: dict[str, str], change: Callable[[str], dict[str, Any]]
 ) -> dict[str, Variant]:
-    """{our name: the family's variant made of the DeiT of that name, with some options changed}."""
-    made = {}
+    """{our name: the family's variant made of the plain network of that name, with some options
+    changed}.
+    """
+    made, known = {}, vision_transformer.VARIANTS | lv_vit.VARIANTS
     for name, plain in names.items():
-        base = PLAIN[plain]
+        base = known[plain]
         options = {f: getattr(base.config, f) for f in base.config.__dataclass_fields__}
         made[name] = replace(base, family=family, config=family.Config(**options | change(name)))
     return made
