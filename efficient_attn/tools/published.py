@@ -1,7 +1,8 @@
 """What was published of image models: `published.csv`, and the survey's table 3, `survey.csv`.
 
 Accuracies are top-1 on ImageNet's validation set, in percent; multiply-adds are in 10^9 for one
-image. "timm" and a tag: measured by timm's authors on those weights; "arXiv": printed in the paper.
+image. "timm" and a tag: measured by timm's authors on those weights; "arXiv": printed in the paper,
+or, where it is said, beside the code that was released with it.
 """
 
 import csv
