@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import numpy as np
+
 from efficient_attn.data import (
     digits,
     image_folder,
@@ -28,6 +30,7 @@ from efficient_attn.data.base import (
     Source,
     Text,
 )
+from efficient_attn.data.sources import Arrays
 from efficient_attn.errors import UserError, unknown
 
 DATASETS: dict[str, Callable[[Config], Dataset]] = {
@@ -42,6 +45,12 @@ DATASETS: dict[str, Callable[[Config], Dataset]] = {
     "image_folder": image_folder.load,
     "translation": translation.load,
 }
+DESCRIBED: dict[str, Callable[[Config], Info]] = {
+    "listops": listops.describe,
+    "pathfinder": pathfinder.describe,
+    "probes": probes.describe,
+}
+"""What is generated, and can be described before it is."""
 
 
 def load(config: Config) -> Dataset:
@@ -52,7 +61,27 @@ def load(config: Config) -> Dataset:
     """
     if config.name not in DATASETS:
         raise unknown("data set", config.name, DATASETS)
-    loaded, augment = DATASETS[config.name](config), config.augment
+    return _augmented(DATASETS[config.name](config), config)
+
+
+def outline(config: Config) -> Dataset:
+    """For what needs no more than shapes: `load`'s description, with an example in "train".
+
+    Of a set that is generated nothing is: the example is blank. Other sets are loaded.
+
+    Raises:
+        UserError: as `load`, but for what only generating brings to light.
+    """
+    if config.name not in DESCRIBED:
+        return load(config)
+    info = DESCRIBED[config.name](config)
+    kind = np.float32 if info.kind == "image" else np.int32
+    blank = Arrays(np.zeros((1, *info.shape), kind), np.zeros(1), lambda same: same)
+    return _augmented(Dataset(info, {"train": blank}), config)
+
+
+def _augmented(loaded: Dataset, config: Config) -> Dataset:
+    augment = config.augment
     if augment == Augment():
         return loaded
     if loaded.info.kind != "image":
@@ -82,4 +111,5 @@ __all__ = [
     "Source",
     "Text",
     "load",
+    "outline",
 ]

@@ -53,15 +53,20 @@ def load(config: Config) -> Dataset:
         cache.key(options, seed=config.seed, version=VERSION, shard=SHARD),
         lambda _: generate(options, seed=config.seed),
     )
-    about = f"ListOps of {options.min_length} to {options.max_length} tokens, seed {config.seed}"
-    info = Info("tokens", (options.max_length,), tuple("0123456789"), len(TOKENS), about)
     sources = {}
     for split in reversed(SPLITS):
         lengths = stored[f"{split}_lengths"]
         rows = np.zeros((len(lengths), options.max_length), np.uint8)
         rows[np.arange(options.max_length) < lengths[:, None]] = stored[f"{split}_tokens"]
         sources[split] = Arrays(rows, stored[f"{split}_labels"], tokens)
-    return Dataset(info, sources)
+    return Dataset(describe(config), sources)
+
+
+def describe(config: Config) -> Info:
+    """The description of the set, which need not be generated for it."""
+    options = config.listops
+    about = f"ListOps of {options.min_length} to {options.max_length} tokens, seed {config.seed}"
+    return Info("tokens", (options.max_length,), tuple("0123456789"), len(TOKENS), about)
 
 
 def encode(text: str) -> list[int]:

@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 
 from efficient_attn.data import cache, dashes, images
-from efficient_attn.data.base import Config, Dataset
+from efficient_attn.data.base import Config, Dataset, Info
 from efficient_attn.data.options import Pathfinder
 from efficient_attn.data.progress import track
 from efficient_attn.data.sources import Arrays
@@ -74,12 +74,7 @@ def load(config: Config) -> Dataset:
         UserError: options that leave no room for the curves, another `config.image.size`, or a
             cache that cannot be written.
     """
-    options = config.pathfinder
-    if config.image.size not in (0, options.size):
-        raise UserError(
-            f"pathfinder is drawn at data.pathfinder.size={options.size}: set that rather than "
-            f"data.image.size={config.image.size}"
-        )
+    info, options = describe(config), config.pathfinder
     found = cache.stored(
         config,
         "pathfinder",
@@ -91,10 +86,24 @@ def load(config: Config) -> Dataset:
         split: Arrays(found[split][..., None], np.arange(len(found[split])) % 2, finish)
         for split in SPLITS
     }
+    return Dataset(info, splits)
+
+
+def describe(config: Config) -> Info:
+    """The description of the set, which need not be generated for it.
+
+    Raises:
+        UserError: another `config.image.size`.
+    """
+    options = config.pathfinder
+    if config.image.size not in (0, options.size):
+        raise UserError(
+            f"pathfinder is drawn at data.pathfinder.size={options.size}: set that rather than "
+            f"data.image.size={config.image.size}"
+        )
     shape = (options.size, options.size, 1)
     about = f"Pathfinder of {options.size} x {options.size}, generated with seed {config.seed}"
-    info = images.info(config.image, shape=shape, labels=("apart", "joined"), about=about)
-    return Dataset(info, splits)
+    return images.info(config.image, shape=shape, labels=("apart", "joined"), about=about)
 
 
 def generate(options: Pathfinder, *, seed: int, parts: Path | None = None) -> dict[str, np.ndarray]:

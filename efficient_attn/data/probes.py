@@ -61,8 +61,14 @@ def load(config: Config) -> Dataset:
         split: Sequences(*generate(options, split=split, seed=config.seed))
         for split in ("train", "validation", "test")
     }
+    return Dataset(describe(config), splits)
+
+
+def describe(config: Config) -> Info:
+    """The description of the set, which need not be generated for it."""
+    options = config.probes
     about = f"{options.task} of length {options.length}, generated with seed {config.seed}"
-    return Dataset(Info("text", (options.length,), (), FIRST + options.symbols, about), splits)
+    return Info("text", (options.length,), (), FIRST + options.symbols, about)
 
 
 def generate(options: Probes, *, split: str, seed: int) -> Block:

@@ -37,10 +37,13 @@ def train(
     *,
     replace: bool = False,
     console: Console | None = None,
+    dataset: data.Dataset | None = None,
 ) -> dict[str, Any] | None:
     """Train, or go on training, in the directory `path`; the content of its result.json.
 
     None when a signal stopped the run. A finished run is left as it is.
+
+    dataset: that of `experiment.data`, where it has been loaded before.
 
     Raises:
         UserError: what the config, the directory, the data or the disk does not allow; a loss that
@@ -53,7 +56,7 @@ def train(
     if workdir.result.exists() and not replace:
         console.print(f"this run is finished: {workdir.result}", markup=False)
         return read_json(workdir.result)
-    dataset = data.load(experiment.data)
+    dataset = dataset or data.load(experiment.data)
     program = build(experiment, dataset, teacher=teachers.load(experiment, dataset.info))
     with full_disk_is_told(workdir.path), workdir.hold():
         moved = workdir.start(to_dict(experiment), replace=replace)

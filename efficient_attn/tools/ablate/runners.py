@@ -4,11 +4,13 @@ import inspect
 import json
 import statistics
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from efficient_attn import data
 from efficient_attn.config import require
 from efficient_attn.tools.ablate.sweep import Cost, Metrics
 from efficient_attn.train import config as configs
@@ -18,6 +20,8 @@ from efficient_attn.train.workdir import Workdir, read_lines
 
 class Training:
     """Rows are runs of `train.py`: `base` with dotted keys overridden, {"model.width": 64}.
+
+    The data set of a row is kept for the next one, which mostly has the same.
 
     after: called with the directory of the finished run; what it returns joins the metrics.
     count: add "multiply_adds", of the forward pass of one example.
@@ -34,6 +38,7 @@ class Training:
         count: bool = False,
     ):
         self.base, self.after, self.count = base, after, count
+        self._load, self._outline = lru_cache(1)(data.load), lru_cache(1)(data.outline)
 
     def experiment(self, overrides: Mapping[str, Any], *, seed: int = 0) -> Experiment:
         """The experiment of a row; seed is added to the config's own.
@@ -59,7 +64,7 @@ class Training:
     def cost(self, overrides: Mapping[str, Any]) -> Cost:
         """Parameters, and three forward passes for every example of every step."""
         experiment = self.experiment(overrides)
-        parameters, adds = _count(experiment)
+        parameters, adds = _count(experiment, self._outline(experiment.data))
         return Cost(parameters, 3 * adds * experiment.data.batch_size * experiment.train.steps)
 
     def __call__(self, overrides: Mapping[str, Any], *, seed: int, path: Path) -> Metrics | None:
@@ -67,7 +72,8 @@ class Training:
         from efficient_attn.train.loop import train
 
         experiment = self.experiment(overrides, seed=seed)
-        result = train(experiment, path)
+        dataset = self._load(experiment.data)
+        result = train(experiment, path, dataset=dataset)
         if result is None:
             return None
         found = {name: result[name] for name in ("parameters", "steps", "seconds")}
@@ -78,21 +84,19 @@ class Training:
         if speeds:
             found["steps_per_second"] = statistics.median(speeds)
         if self.count:
-            found["multiply_adds"] = _count(experiment)[1]
+            found["multiply_adds"] = _count(experiment, dataset)[1]
         return found | dict(self.after(path) if self.after else {})
 
 
-def _count(experiment: Experiment) -> tuple[int, int]:
+def _count(experiment: Experiment, dataset: data.Dataset) -> tuple[int, int]:
     """Parameters, and multiply-adds of the forward pass of one example."""
     import jax
     from flax import nnx
 
-    from efficient_attn import data
     from efficient_attn.tools.count import multiply_adds
     from efficient_attn.train.program import complete, creator
     from kernels.target import use
 
-    dataset = data.load(experiment.data)
     create = creator(complete(experiment), dataset.info)
     graph, state = nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))))
     inputs = dataset.splits["train"].gather([0])["inputs"]
