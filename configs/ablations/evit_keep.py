@@ -28,7 +28,9 @@ from efficient_attn.tools.ablate import (
     Sweep,
     Training,
     drawn_at_smoke,
+    published_of,
 )
+from efficient_attn.tools.ablate.claims import above, not_below
 
 FUSED = {1.0: 0.799, 0.9: 0.798, 0.8: 0.798, 0.7: 0.795, 0.6: 0.789, 0.5: 0.785}
 DROPPED = {0.9: 0.799, 0.8: 0.797, 0.7: 0.794, 0.6: 0.791, 0.5: 0.784}
@@ -67,7 +69,7 @@ def get_sweep(scale: Scale, argument: str = "cifar10") -> Sweep:
             Column("multiply_adds", "multiply-adds"),
             Column("steps_per_second", "steps/s", digits=3),
         ],
-        published={label: {"accuracy": value} for label, value in published.items()},
+        published=published_of(rows, "accuracy", published),
         claims=[
             Claim(
                 "keeping 0.7 costs at most half a point",
@@ -77,7 +79,7 @@ def get_sweep(scale: Scale, argument: str = "cifar10") -> Sweep:
             ),
             Claim(
                 "accuracy falls from 0.9 to 0.7 to 0.5",
-                lambda r: _falls([r.mean(_label(rate), "accuracy") for rate in (0.9, 0.7, 0.5)]),
+                not_below("accuracy", *(_label(rate) for rate in (0.9, 0.7, 0.5))),
             ),
             Claim("at 0.7 and 0.5 fusing the others is better than dropping them", _fusing_helps),
         ],
@@ -96,12 +98,7 @@ def _label(rate: float, rest: str = "fuse") -> str:
     return f"keep {rate:g}" + (", drop" if rest == "drop" else "")
 
 
-def _falls(values: list[float]) -> bool:
-    return all(later <= earlier for earlier, later in zip(values, values[1:], strict=False))
-
-
 def _fusing_helps(results: Results) -> bool:
     return all(
-        results.mean(_label(rate), "accuracy") > results.mean(_label(rate, "drop"), "accuracy")
-        for rate in (0.7, 0.5)
+        above("accuracy", _label(rate), _label(rate, "drop"))(results) for rate in (0.7, 0.5)
     )

@@ -10,7 +10,8 @@ finetuning in a Performer. As a share of the output it grows over the first laye
 and keys of fresh blocks are of N(0, 1), where orthogonal rows do not help (`favor_error`).
 """
 
-from efficient_attn.tools.ablate import Claim, Column, Measuring, Panel, Results, Scale, Sweep
+from efficient_attn.tools.ablate import Claim, Column, Measuring, Panel, Scale, Sweep
+from efficient_attn.tools.ablate.claims import rises, under
 from efficient_attn.tools.measures.favor_depth import measure
 
 SIZES = {
@@ -58,35 +59,24 @@ def get_sweep(scale: Scale) -> Sweep:
     )  # fmt: skip
 
 
-def curve(results: Results, features: int, metric: str, projection: str = "orthogonal"):
-    """The error over the depths."""
-    expression = f"performer(features={features}, projection={projection!r})"
-    return results.curve("depth", metric, {"expression": expression})[1]
+def curve(features: int, projection: str = "orthogonal") -> dict[str, str]:
+    """The rows over the depths."""
+    return {"expression": f"performer(features={features}, projection={projection!r})"}
 
 
-def grows(results: Results, metric: str) -> bool:
-    """Whether the error is greater after every further block, at every number of features."""
-    curves = [curve(results, m, metric) for m in FEATURES]
-    return all((one[1:] > one[:-1]).all() for one in curves)
-
-
+CURVES = [curve(features) for features in FEATURES]
 CLAIMS = [
-    Claim("the squared error grows with the depth", lambda r: grows(r, "output_error")),
+    Claim("the squared error grows with the depth", rises("depth", "output_error", *CURVES)),
     Claim(
         "and as a share of softmax's output, whose square grows as well",
-        lambda r: grows(r, "relative_error"),
+        rises("depth", "relative_error", *CURVES),
     ),
     Claim(
         "more features, less error, at every depth",
-        lambda r: all(
-            (curve(r, more, "output_error") < curve(r, fewer, "output_error")).all()
-            for fewer, more in zip(FEATURES, FEATURES[1:], strict=False)
-        ),
+        under("depth", "output_error", *CURVES[::-1]),
     ),
     Claim(
         "orthogonal rows below independent ones, 256 features, at every depth (figure 4's claim)",
-        lambda r: bool(
-            (curve(r, 256, "output_error") < curve(r, 256, "output_error", "iid")).all()
-        ),
+        under("depth", "output_error", curve(256), curve(256, "iid")),
     ),
 ]

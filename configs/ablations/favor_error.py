@@ -18,6 +18,7 @@ the positive one where x = -y.
 import numpy as np
 
 from efficient_attn.tools.ablate import Claim, Column, Measuring, Panel, Results, Scale, Sweep
+from efficient_attn.tools.ablate.claims import Predicate, under
 from efficient_attn.tools.measures.favor_error import measure
 
 MAPS = ("positive", "hyperbolic", "trigonometric")
@@ -91,9 +92,7 @@ def claims(features: tuple[int, ...]) -> list[Claim]:
         *(
             Claim(
                 f"orthogonal below iid, output of {size}, {kind} features, at every m (figure 4)",
-                lambda r, metric=metric, kind=kind: below(
-                    r, metric, (kind, "orthogonal"), (kind, "iid")
-                ),
+                lower(metric, (kind, "orthogonal"), (kind, "iid")),
             )
             for size, metric in (("N(0, 1/4)", "halved_error"), ("N(0, 1)", "output_error"))
             for kind in ("positive", "trigonometric")
@@ -101,9 +100,7 @@ def claims(features: tuple[int, ...]) -> list[Claim]:
         *(
             Claim(
                 f"orthogonal below iid, kernel, {kind} features, at every m",
-                lambda r, kind=kind: below(
-                    r, "kernel_error", (kind, "orthogonal"), (kind, "iid")
-                ),
+                lower("kernel_error", (kind, "orthogonal"), (kind, "iid")),
             )
             for kind in MAPS
         ),
@@ -111,15 +108,13 @@ def claims(features: tuple[int, ...]) -> list[Claim]:
             Claim(
                 f"positive below trigonometric, output of N(0, 1), {rows} rows, at every m "
                 "(figure 4)",
-                lambda r, rows=rows: below(
-                    r, "output_error", ("positive", rows), ("trigonometric", rows)
-                ),
+                lower("output_error", ("positive", rows), ("trigonometric", rows)),
             )
             for rows in ("iid", "orthogonal")
         ),
         Claim(
             "hyperbolic below positive, kernel, at every m (lemma 2)",
-            lambda r: below(r, "kernel_error", ("hyperbolic", "iid"), ("positive", "iid")),
+            lower("kernel_error", ("hyperbolic", "iid"), ("positive", "iid")),
         ),
         Claim(
             "drawn errors within 4 deviations of the closed form in every row (lemma 2)",
@@ -136,13 +131,10 @@ def claims(features: tuple[int, ...]) -> list[Claim]:
     ]  # fmt: skip
 
 
-def below(results: Results, metric: str, low: tuple[str, str], high: tuple[str, str]) -> bool:
+def lower(metric: str, low: tuple[str, str], high: tuple[str, str]) -> Predicate:
     """Whether (feature_map, projection) `low` has the smaller metric at every m."""
-    lower, upper = (
-        results.curve("features", metric, {"feature_map": kind, "projection": rows})[1]
-        for kind, rows in (low, high)
-    )
-    return bool((lower < upper).all())
+    curves = ({"feature_map": kind, "projection": rows} for kind, rows in (low, high))
+    return under("features", metric, *curves)
 
 
 def slope(results: Results, feature_map: str) -> tuple[float, float]:

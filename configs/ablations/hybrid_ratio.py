@@ -28,6 +28,7 @@ from efficient_attn.tools.ablate import (
     at_smoke,
     attentions,
 )
+from efficient_attn.tools.ablate.claims import below, not_below
 from efficient_attn.tools.measures.state_size import state_of_run
 
 PURE, SEVEN, THREE, ONE, SOFTMAX = (
@@ -66,19 +67,19 @@ def get_sweep(scale: Scale, argument: str = "README.md") -> Sweep:
         claims=[
             Claim(
                 "three recurrent layers for each of softmax beat softmax alone",
-                lambda r: r.mean(THREE, "perplexity") < r.mean(SOFTMAX, "perplexity"),
+                below("perplexity", THREE, SOFTMAX),
             ),
             Claim(
                 "they beat seven for each",
-                lambda r: r.mean(THREE, "perplexity") < r.mean(SEVEN, "perplexity"),
+                below("perplexity", THREE, SEVEN),
             ),
             Claim(
                 "one for each is no better than three",
-                lambda r: r.mean(THREE, "perplexity") <= r.mean(ONE, "perplexity"),
+                not_below("perplexity", ONE, THREE),
             ),
             Claim(
                 "seven for each still beat softmax alone",
-                lambda r: r.mean(SEVEN, "perplexity") < r.mean(SOFTMAX, "perplexity"),
+                below("perplexity", SEVEN, SOFTMAX),
             ),
         ],
         panels=[Panel(y="perplexity", points=True)],

@@ -11,6 +11,7 @@ memory saved stops at 60, where it compared the largest batches that fit a V100,
 """
 
 from efficient_attn.tools.ablate import Claim, Column, Measuring, Panel, Results, Scale, Sweep
+from efficient_attn.tools.ablate.claims import rises, under
 from efficient_attn.tools.growth import exponent
 from efficient_attn.tools.measures.cost import measure
 
@@ -105,16 +106,11 @@ def claims(ranks: tuple[int, ...]) -> list[Claim]:
         ),
         Claim(
             "memory saved grows with n at every k",
-            lambda r: all((curve(r, k, "memory_saved")[1:] > curve(r, k, "memory_saved")[:-1]).all()
-                          for k in ranks),
+            rises("length", "memory_saved", *({"expression": name(k)} for k in ranks)),
         ),
         Claim(
             "less is saved with a greater k, at every n: multiply-adds",
-            lambda r: all(
-                (curve(r, low, "adds_saved")[-len(curve(r, high, "adds_saved")):]
-                 > curve(r, high, "adds_saved")).all()
-                for low, high in zip(ranks, ranks[1:], strict=False)
-            ),
+            under("length", "adds_saved", *({"expression": name(k)} for k in ranks[::-1])),
         ),
         Claim(
             "Linformer's multiply-adds are linear in n: slope 1 to 1e-3 at every k",

@@ -22,13 +22,13 @@ from efficient_attn.tools.ablate import (
     Claim,
     Column,
     Panel,
-    Results,
     Scale,
     Sweep,
     Training,
     at_smoke,
     attentions,
 )
+from efficient_attn.tools.ablate.claims import above
 
 RANKS = {"smoke": (4,), "small": (8, 16, 32, 64), "paper": (32, 64, 128, 256)}
 SHARING = ("none", "headwise", "key-value", "layerwise")
@@ -67,7 +67,7 @@ def get_sweep(scale: Scale, argument: str = "README.md") -> Sweep:
             Column("parameters", "parameters"),
         ],
         claims=[
-            Claim("perplexity falls as k grows", lambda r: _falls(r, by_rank)),
+            Claim("perplexity falls as k grows", above("perplexity", *by_rank)),
             Claim(
                 "at a quarter of the length k nearly matches softmax (within 5 %)",
                 lambda r: (
@@ -93,8 +93,3 @@ def _label(rank: int, sharing: str = "headwise") -> str:
     """headwise is the default of `linformer`."""
     more = "" if sharing == "headwise" else f", sharing='{sharing}'"
     return f"linformer(rank={rank}{more})"
-
-
-def _falls(results: Results, labels: list[str]) -> bool:
-    found = [results.mean(label, "perplexity") for label in labels]
-    return all(later < earlier for earlier, later in zip(found, found[1:], strict=False))

@@ -25,7 +25,10 @@ from efficient_attn.tools.ablate import (
     Sweep,
     Training,
     at_smoke,
+    attentions,
+    published_of,
 )
+from efficient_attn.tools.ablate.claims import below
 
 PUBLISHED = {
     "softmax": 1.137, "reformer": 1.195, "performer": 1.199, "linear": 1.207, "synthesizer": 1.298,
@@ -46,7 +49,8 @@ def get_sweep(scale: Scale, argument: str = "README.md") -> Sweep:
     else:
         config.model.update({"width": 64, "dropout": 0.0})
         config.train.steps = 1500
-    rows = [(name, {"attention": _expression(name, scale)}) for name in PUBLISHED]
+    published = {_expression(name, scale): value for name, value in PUBLISHED.items()}
+    rows = attentions(*published)
     rows += [(name, {"attention": name, "model.mlp_ratio": r}) for name, r in NARROWER.items()]
     if scale == "smoke":
         at_smoke(config).data.text.max_len = 16
@@ -55,18 +59,14 @@ def get_sweep(scale: Scale, argument: str = "README.md") -> Sweep:
     return Sweep(
         title="Language models of equal size",
         source="RWKV, arXiv 2305.13048, table 5 (enwik8)",
-        rows=[(overrides["attention"], overrides) for _, overrides in rows],
+        rows=rows,
         runner=Training(config),
         columns=[
             Column(metric, f"bits a {unit}"),
             Column("parameters", "parameters"),
             Column("steps_per_second", "steps/s", digits=3),
         ],
-        published={
-            overrides["attention"]: {metric: PUBLISHED[name]}
-            for name, overrides in rows
-            if name in PUBLISHED
-        },
+        published=published_of(rows, metric, published),
         claims=[
             Claim(
                 "softmax is the best of the published five",
@@ -78,7 +78,7 @@ def get_sweep(scale: Scale, argument: str = "README.md") -> Sweep:
             ),
             Claim(
                 "order: " + ", ".join(PUBLISHED),
-                lambda r: _in_order(r, metric, scale) == list(PUBLISHED),
+                below(metric, *published),
             ),
         ],
         panels=[Panel(y=metric, ylabel=f"bits a {unit}", points=scale != "paper")],

@@ -51,7 +51,9 @@ from efficient_attn.tools.ablate import (
     Sweep,
     Training,
     at_smoke,
+    published_of,
 )
+from efficient_attn.tools.ablate.claims import above
 
 NAMES = (
     "softmax", "local", "sparse", "longformer", "linformer", "reformer", "sinkhorn", "synthesizer",
@@ -81,16 +83,12 @@ def get_sweep(scale: Scale, argument: str = "listops") -> Sweep:
         raise unknown("setting of configs/ablations/lra.py", setting, SETTINGS)
     config = _paper(task, SETTINGS[setting], path) if scale == "paper" else _small(task, path)
     expressions = (_released if setting == "as_released" else _in_paper)(task, scale)
-    published = {
-        expressions[name]: value / 100
-        for name, value in zip(NAMES, PUBLISHED[task], strict=True)
-        if name in expressions
-    }
+    told = zip(NAMES, PUBLISHED[task], strict=True)
+    published = {expressions[name]: x / 100 for name, x in told if name in expressions}
     rows = [(label, {"attention": label}) for label in [*expressions.values(), TODAY]]
     if scale == "smoke":
         at_smoke(config).data.listops.update({"min_length": 4, "max_length": 16})
         rows = [(label, overrides) for label, overrides in rows if label in ("softmax", "linear")]
-    labels = [label for label, _ in rows]
     return Sweep(
         title="Long Range Arena",
         source=f"Long Range Arena, arXiv 2011.04006, table 1: {task}, {setting}",
@@ -101,9 +99,7 @@ def get_sweep(scale: Scale, argument: str = "listops") -> Sweep:
             Column("parameters", "parameters"),
             Column("steps_per_second", "steps/s", digits=3),
         ],
-        published={
-            label: {"accuracy": value} for label, value in published.items() if label in labels
-        },
+        published=published_of(rows, "accuracy", published),
         claims=_claims(published),
         panels=[Panel(y="accuracy", ylabel="accuracy")],
         equal_parameters=0.1,
@@ -194,18 +190,16 @@ def _small(task: str, path: str) -> ConfigDict:
 def _claims(published: dict[str, float]) -> Sequence[Claim]:
     """The best of the table, and who beats the Transformer."""
     best = max(published, key=lambda label: published[label])
-    above = [label for label, value in published.items() if value > published["softmax"]]
-    below = [label for label, value in published.items() if value < published["softmax"] - 0.1]
+    better = [label for label, value in published.items() if value > published["softmax"]]
+    worse = [label for label, value in published.items() if value < published["softmax"] - 0.1]
 
     def beat(results: Results) -> bool:
-        return all(
-            results.mean(label, "accuracy") > results.mean("softmax", "accuracy") for label in above
-        )
+        return all(above("accuracy", label, "softmax")(results) for label in better)
 
     def fall(results: Results) -> bool:
         return all(
             results.mean(label, "accuracy") < results.mean("softmax", "accuracy") - 0.05
-            for label in below
+            for label in worse
         )
 
     return [
@@ -215,6 +209,6 @@ def _claims(published: dict[str, float]) -> Sequence[Claim]:
                 r.mean(best, "accuracy") == max(r.mean(label, "accuracy") for label in published)
             ),
         ),
-        *([Claim(f"better than softmax: {', '.join(above)}", beat)] if above else []),
-        *([Claim(f"far (5 points) behind softmax: {', '.join(below)}", fall)] if below else []),
+        *([Claim(f"better than softmax: {', '.join(better)}", beat)] if better else []),
+        *([Claim(f"far (5 points) behind softmax: {', '.join(worse)}", fall)] if worse else []),
     ]

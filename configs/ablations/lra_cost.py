@@ -15,6 +15,7 @@ timed.
 """
 
 from efficient_attn.tools.ablate import Claim, Column, Measuring, Panel, Results, Scale, Sweep
+from efficient_attn.tools.ablate.claims import above
 from efficient_attn.tools.growth import exponent
 from efficient_attn.tools.measures.cost import measure
 
@@ -130,11 +131,7 @@ CLAIMS = [
     ),
     Claim(
         "BigBird holds more than Sinkhorn, and Sinkhorn more than local attention, at 4K",
-        lambda r: (
-            longest(r, "held_bytes")[BIGBIRD]
-            > longest(r, "held_bytes")[SINKHORN]
-            > longest(r, "held_bytes")[LOCAL]
-        ),
+        above("held_bytes", *(f"{e}, {LENGTHS[-1]} tokens" for e in (BIGBIRD, SINKHORN, LOCAL))),
     ),
     Claim(
         "multiply-adds at 4K: fewest with a linear model (linformer, linear, performer or local)",

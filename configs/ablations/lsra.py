@@ -36,6 +36,7 @@ from efficient_attn.tools.ablate import (
     Training,
     at_smoke,
 )
+from efficient_attn.tools.ablate.claims import below
 from efficient_attn.tools.measures.attention_maps import attention_maps
 
 LITE = "lsra(conv='lightweight', gate='linear', kernel=(3, 7, 15, 31))"
@@ -56,16 +57,16 @@ CLAIMS = [
     ),
     Claim(
         "at equal multiply-adds LSRA, flat, is better than the usual Transformer",
-        lambda r: r.mean(LSRA_FLAT, "loss") < r.mean(WIDE, "loss"),
+        below("loss", LSRA_FLAT, WIDE),
     ),
     Claim(
         "a flat feed-forward layer is better for LSRA",
-        lambda r: r.mean(LSRA_FLAT, "loss") < r.mean(LSRA_WIDE, "loss"),
+        below("loss", LSRA_FLAT, LSRA_WIDE),
     ),
     Claim(
         "LSRA's attention leaves what is near to the convolution: less of it falls on the "
         "nearest tokens than of the twin's",
-        lambda r: r.mean(LSRA_FLAT, "attention_near") < r.mean(WIDE, "attention_near"),
+        below("attention_near", LSRA_FLAT, WIDE),
     ),
 ]
 MAPS = [

@@ -28,6 +28,7 @@ from efficient_attn.tools.ablate import (
     drawn_at_smoke,
     published_of,
 )
+from efficient_attn.tools.ablate.claims import above
 
 STAGES = (
     {"width": 16, "stride": 1},
@@ -67,13 +68,11 @@ def get_sweep(scale: Scale, argument: str = "cifar10") -> Sweep:
         claims=[
             Claim(
                 "patches of 2 are more accurate than patches of 4",
-                lambda r: r.mean("patch 2", "accuracy") > r.mean("patch 4", "accuracy"),
+                above("accuracy", "patch 2", "patch 4"),
             ),
             Claim(
                 "patches of 4 are faster than patches of 2",
-                lambda r: (
-                    r.mean("patch 4", "steps_per_second") > r.mean("patch 2", "steps_per_second")
-                ),
+                above("steps_per_second", "patch 4", "patch 2"),
             ),
         ],
         panels=[Panel(x="model.patch", y="accuracy", log="x", xlabel="side of a patch")],

@@ -31,6 +31,7 @@ from efficient_attn.tools.ablate import (
     Training,
     at_smoke,
 )
+from efficient_attn.tools.ablate.claims import above, not_below
 from efficient_attn.tools.measures.state_size import state_of_run
 
 FAMILIES = {
@@ -74,9 +75,7 @@ def get_sweep(scale: Scale) -> Sweep:
             Claim("within a family more state recalls no less", _more_state_helps),
             Claim(
                 "the smaller gated_delta recalls more than linear attention, which has more state",
-                lambda r: (
-                    r.mean(FAMILIES["gated_delta"][0], "accuracy") > r.mean("linear", "accuracy")
-                ),
+                above("accuracy", FAMILIES["gated_delta"][0], "linear"),
             ),
         ],
         panels=[Panel(draw=_draw)],
@@ -90,10 +89,7 @@ def _softmax_is_best(results: Results) -> bool:
 
 
 def _more_state_helps(results: Results) -> bool:
-    return all(
-        results.mean(more, "accuracy") >= results.mean(less, "accuracy")
-        for less, more in (family for family in FAMILIES.values() if len(family) == 2)
-    )
+    return all(not_below("accuracy", *family[::-1])(results) for family in FAMILIES.values())
 
 
 def _draw(results: Results, axes) -> None:

@@ -20,20 +20,18 @@ Traps: published on TrEMBL, one direction, accuracy and perplexity of 25 amino a
 8.36, softmax features 33.00 and 9.24. They are of other data, and so are not put beside ours.
 """
 
-from collections.abc import Callable
-
 from configs.lm import get_config as lm
 from efficient_attn.tools.ablate import (
     Claim,
     Column,
     Panel,
-    Results,
     Scale,
     Sweep,
     Training,
     at_smoke,
     attentions,
 )
+from efficient_attn.tools.ablate.claims import below
 
 VARIANTS = {
     "positive": "",
@@ -105,8 +103,7 @@ def _claims(names: dict[str, str]) -> list[Claim]:
         ("relu", "softmax", "a ReLU kernel is better than softmax attention"),
     ]
 
-    def below(one: str, other: str) -> Callable[[Results], bool]:
-        a, b = (names.get(name, name) for name in (one, other))
-        return lambda results: results.mean(a, "loss") < results.mean(b, "loss")
-
-    return [Claim(text, below(one, other)) for one, other, text in lower]
+    return [
+        Claim(text, below("loss", *(names.get(name, name) for name in (one, other))))
+        for one, other, text in lower
+    ]

@@ -32,6 +32,7 @@ from efficient_attn.tools.ablate import (
     drawn_at_smoke,
     published_of,
 )
+from efficient_attn.tools.ablate.claims import above
 
 SHAPES = {
     "smoke": ((1, 16), (1, 16)),
@@ -77,7 +78,7 @@ def get_sweep(scale: Scale, argument: str = "cifar10") -> Sweep:
         claims=[
             Claim(
                 "pooling is better than no mixing",
-                lambda r: r.mean("pool", "accuracy") > r.mean("pool(size=1)", "accuracy"),
+                above("accuracy", "pool", "pool(size=1)"),
             ),
             Claim(
                 "pooling over 3, 5 and 7 places is about equal (within 1 point)",
@@ -89,7 +90,7 @@ def get_sweep(scale: Scale, argument: str = "cifar10") -> Sweep:
             ),
             Claim(
                 "attention in the last two stages is better than pooling everywhere",
-                lambda r: r.mean(HYBRID, "accuracy") > r.mean("pool", "accuracy"),
+                above("accuracy", HYBRID, "pool"),
             ),
         ],
         panels=[Panel(y="accuracy", ylabel="top-1 accuracy", points=True)],
