@@ -52,9 +52,9 @@ def main(argv: Sequence[str]) -> None:
     from rich.console import Console
 
     from efficient_attn.evals.run import evaluate_run, show
-    from efficient_attn.train.compilation import keep_compiled
+    from efficient_attn.train.compilation import prepare
 
-    keep_compiled()
+    prepare()
     found = evaluate_run(
         given["workdir"],
         split=given["split"],

@@ -58,10 +58,10 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("say where the run goes, for example --workdir=runs/digits")
     else:
         experiment = configs.resolve(config)
-        from efficient_attn.train.compilation import keep_compiled
+        from efficient_attn.train.compilation import prepare
         from efficient_attn.train.loop import train
 
-        keep_compiled()
+        prepare()
         train(experiment, given["workdir"], replace=given["replace"])
 
 

@@ -40,6 +40,7 @@ from efficient_attn.train.config import resolve
 from efficient_attn.train.flags import run
 from efficient_attn.train.program import compile_for, creator
 from efficient_attn.train.result import commit
+from kernels.compiler import without_ynnpack
 
 MODEL = {"depth": 4, "width": 256, "heads": 4, "dropout": 0.0}
 VOCAB, CLASSES, PATCH = 256, 10, 4
@@ -241,6 +242,7 @@ def main(argv: Sequence[str]) -> None:
     for name in ("batch", "steps"):
         require(getattr(given, name) > 0, f"--{name}={getattr(given, name)} must be positive")
     describe(given.model, given.lengths[0])
+    without_ynnpack()
     asked = [
         Asked(
             given.model, expression, backend, length, given.batch, given.dtype, given.options,

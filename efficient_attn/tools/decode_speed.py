@@ -20,6 +20,7 @@ from efficient_attn import backbones
 from efficient_attn.backbones import Input
 from efficient_attn.tools.table import row
 from efficient_attn.train.flags import run
+from kernels.compiler import without_ynnpack
 
 MODEL = {"depth": 4, "width": 256, "heads": 4}
 VOCAB = 256
@@ -110,6 +111,7 @@ def render(found: Sequence[Speed]) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """Measure the expressions that are given, and print the table."""
+    without_ynnpack()
     print(render(measure(argv[1:] or ["softmax", "linear", "gated_delta"])))
 
 

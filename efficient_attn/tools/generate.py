@@ -21,6 +21,7 @@ from efficient_attn.backbones import Sampling
 from efficient_attn.data.tokenizers import Tokenizer
 from efficient_attn.errors import UserError
 from efficient_attn.evals.run import restore
+from efficient_attn.train.compilation import prepare
 from efficient_attn.train.config import resolve
 from efficient_attn.train.flags import parse, run, usage
 from efficient_attn.train.program import build
@@ -115,6 +116,7 @@ def main(argv: Sequence[str]) -> None:
         return
     if not given["workdir"]:
         raise UserError("say which run, for example --workdir=runs/text")
+    prepare()
     sampling = Sampling(given["temperature"], given["top_k"], given["top_p"])
     text = continue_text(
         given["workdir"], given["prompt"], max_tokens=given["max_tokens"], sampling=sampling,

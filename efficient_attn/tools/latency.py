@@ -27,6 +27,7 @@ from efficient_attn import backbones
 from efficient_attn.config import require
 from efficient_attn.tools.table import row
 from efficient_attn.train.flags import run
+from kernels.compiler import without_ynnpack
 
 DEFINED: list[Any] = []
 """Operators' libraries: they live as long as they are held."""
@@ -196,6 +197,7 @@ def main(argv: Sequence[str]) -> None:
     asked = parser.parse_args(argv[1:])
     require(min(asked.batch) > 0, f"--batch {min(asked.batch)} must be positive")
     how = {"attention": asked.attention, "turns": asked.turns}
+    without_ynnpack()
     if asked.keep_rates:
         found = throughputs(asked.names, asked.batch, asked.keep_rates, **how)
         print(rates_table(found))

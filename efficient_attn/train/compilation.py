@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk: the second start of a run, or of a row, compiles nothing."""
+"""How a run is compiled, and kept on disk: its second start, or that of a row, compiles nothing."""
 
 import contextlib
 import hashlib
@@ -8,8 +8,16 @@ from pathlib import Path
 import filelock
 import jax
 
+from kernels.compiler import without_ynnpack
+
 LEAST = 0.2  # seconds that compiling took, for its result to be kept
 MOST = 4 * 2**30  # bytes kept; what was not used for the longest time goes first
+
+
+def prepare() -> None:
+    """What a program that runs models does before anything is compiled."""
+    without_ynnpack()
+    keep_compiled()
 
 
 def keep_compiled() -> None:

@@ -26,6 +26,7 @@ import jax
 from kernels import shapes
 from kernels.bench import peers
 from kernels.bench.run import run
+from kernels.compiler import without_ynnpack
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.cpu_peers:
+        without_ynnpack()
         return peers.main(options.out, quick=options.quick)
     if jax.devices()[0].platform == "cpu" and not options.quick:
         parser.error("the full list needs an accelerator; on a CPU take --quick or --cpu-peers")

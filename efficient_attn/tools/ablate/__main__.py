@@ -61,9 +61,9 @@ def main(argv: Sequence[str]) -> None:
         command="python -m efficient_attn.tools.ablate " + shlex.join(argv[1:]),
     )  # fmt: skip
     if processes == 0:
-        from efficient_attn.train.compilation import keep_compiled
+        from efficient_attn.train.compilation import prepare
 
-        keep_compiled()
+        prepare()
     if not ablate(asked):
         sys.exit(1)
 

@@ -79,9 +79,9 @@ def work(connection: Connection, spec: str, scale: Scale, path: str, device: str
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     from efficient_attn.tools.ablate.load import load
-    from efficient_attn.train.compilation import keep_compiled
+    from efficient_attn.train.compilation import prepare
 
-    keep_compiled()
+    prepare()
     threading.Thread(target=_leave_with_the_parent, daemon=True).start()
     sweep = load(spec, scale)
     place = Place(path, sweep)
