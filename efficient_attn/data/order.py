@@ -35,7 +35,7 @@ class Order:
         self._epoch = epoch
 
     def at(self, places: np.ndarray) -> np.ndarray:
-        """The examples at these places, which rise; int64."""
+        """The examples at these places, int64."""
         epochs, within = np.divmod(places, self.count)
         found = np.empty_like(places)
         for number in np.unique(epochs):
