@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.pallas_tpu.linear_plan import LANES, alike, f32
+from kernels.pallas_tpu.linear_plan import LANES, f32
+from kernels.varying import alike
 
 BLOCK = 1 << 20
 """Bytes of a block of states, as they lie in VMEM; four are there at a time."""

@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels import tuned
 from kernels.fused.passes import Projection
 from kernels.fused.ways import Ways
+from kernels.varying import alike
 
 LANES = 128
 VECTORS = ("row", "col", "start", "end", "keep", "segment", "inv_den", "r")
@@ -137,16 +138,6 @@ def call(body, plan: Plan, ins, outs, *, interpret, scratch=None):
         interpret=interpret or False,
     )(*arrays)
     return dict(zip(outs, results, strict=True))
-
-
-def alike(arrays):
-    """Arrays that vary over the same axes of a mesh, inside a shard_map."""
-    own = [jax.typeof(x).manual_axis_type.varying for x in arrays]
-    every = frozenset().union(*own)
-    return [
-        jax.lax.pcast(x, tuple(every - axes), to="varying") if every - axes else x
-        for x, axes in zip(arrays, own, strict=True)
-    ]
 
 
 def tokens(plan: Plan, **arrays) -> dict[str, Array]:
