@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from kernels.linear_chunk import FeatureMap
 
-NUMBERS, FEWEST = 1 << 17, 128
-"""Of a slab: half a megabyte, of which a core's own cache holds some; but no fewer tokens."""
+NUMBERS, FEWEST = 1 << 18, 128
+"""Of a slab: a megabyte, which a core's own cache holds; but no fewer tokens."""
 
 
 def most_tokens(width: int) -> int:
