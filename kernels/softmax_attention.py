@@ -74,9 +74,12 @@ def _xla(q, k, v, *, mask: Mask, scale: float, logit_cap: float | None, bias):
 
 
 def _chunked(rows, q, chunk: int):
-    """`rows` over chunks of queries, one chunk's logits alive at a time, backward as well."""
+    """`rows` over equal chunks of at most `chunk` queries, one chunk's logits alive at a time,
+    backward as well.
+    """
     queries = q.shape[1]
     chunks = -(-queries // chunk)
+    chunk = -(-queries // chunks)
     padded = jnp.pad(q, [(0, 0), (0, chunks * chunk - queries)] + [(0, 0)] * 3)
     padded = rearrange(padded, "b (n c) g m d -> n b c g m d", n=chunks)
     at = jnp.minimum(jnp.arange(chunks * chunk), queries - 1).reshape(chunks, chunk)

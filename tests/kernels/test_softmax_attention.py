@@ -89,6 +89,17 @@ def test_chunks_hold_a_fraction_of_what_the_dense_path_holds(monkeypatch):
     assert dense > 1024 * 1024 * 2 * 4
 
 
+def test_one_query_more_than_a_chunk_makes_two_halves():
+    """Not a chunk of 1,023 and one more as large for two: the flops are those of one chunk."""
+
+    def flops(length):
+        shape = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
+        run = jax.jit(lambda q, k, v: softmax_attention(q, k, v, backend="xla"))
+        return run.lower(shape, shape, shape).cost_analysis()["flops"]
+
+    assert 0.5 < flops(1025) / flops(1024) < 0.55
+
+
 def test_bfloat16_is_a_rounding_away():
     result = both(op, reference.softmax_attention, qkv(63), mask_of("all", 63), dtype=jnp.bfloat16)
     agree(result, forward=1e-2, backward=2e-2)
