@@ -116,8 +116,6 @@ def refuse_causal(q, k, v, state, *, features, log_scale, mask: Mask, chunk: int
 
 def refuse_gated(q, k, v, log_decay, *, mask: Mask, chunk: int, state) -> str | None:
     """Why no kernel takes this call of `gated`, and what to do; None where one does."""
-    if log_decay.ndim == 4:
-        return "the fused kernels take a decay per head, not per channel: use backend='xla'"
     return _refuse(q, k, v, None, mask)
 
 
@@ -221,6 +219,7 @@ def _in_chunks(q, k, v, weight, half, log_scale, mask: Mask, *, scaled=False, lo
 
 
 def pad(x, chunk: int, fill=0.0):
+    """[B, T, ...] filled up to whole chunks."""
     if not x.shape[1] % chunk:
         return x
     width = [(0, 0), (0, -x.shape[1] % chunk)] + [(0, 0)] * (x.ndim - 2)

@@ -17,8 +17,6 @@ such. Both passes of the gradient multiply by the same rounded numbers, so that 
 sums over pairs, which are subtracted, what cancels cancels.
 """
 
-import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -26,25 +24,30 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.pallas_tpu.linear_body import chosen, head_of, lanes_of, product, times
-from kernels.pallas_tpu.linear_plan import (
-    LANES,
-    Array,
-    Plan,
-    call,
-    f32,
-    make_plan,
-    packed_heads,
-    tokens,
-    wide,
+from kernels.pallas_tpu.gated_plan import (
+    LARGEST,
+    blocks_of,
+    by_block,
+    chunk_length,
+    heads_of,
+    plan_of,
+    scratch,
+    state_in,
+    state_of,
+    state_out,
+    units,
 )
+from kernels.pallas_tpu.linear_body import (
+    chosen,
+    head_of,
+    lanes_of,
+    product,
+    times,
+    whole_product,
+)
+from kernels.pallas_tpu.linear_plan import LANES, Plan, call, f32, packed_heads, tokens, wide
 
-LARGEST = 256
-"""The most channels of a head, or of heads that share lanes."""
-CHUNK = 128
-"""Tokens of a chunk; a sequence of up to half as many has chunks of that half."""
-BESIDE = 2
-"""Heads of a block that share no lanes: steps of one fill waits of the other."""
+__all__ = ["backward", "chunk_length", "forward", "refuse"]
 
 
 def refuse(q, k, v) -> str | None:
@@ -61,20 +64,15 @@ def refuse(q, k, v) -> str | None:
     return None
 
 
-def chunk_length(length: int) -> int:
-    """Tokens of a chunk."""
-    return CHUNK if length > CHUNK // 2 else CHUNK // 2
-
-
 def forward(q, k, v, log_decay, *, state, chunk: int, interpret=None):
     """See `kernels.fused.gated_linear`."""
-    plan = _plan((q, k, v), chunk)
+    plan = plan_of((q, k, v), chunk)
 
     def body(at):
         _begin(at)
         apart, order = _pairs(chunk)
         outs = []
-        for unit in range(_units(plan)):
+        for unit in range(units(plan)):
             q, k, v, log_decay = _read(plan, at, unit, "q", "k", "v", "log_decay")
             fading = _fading(log_decay)
             held = at.memory[unit]
@@ -88,15 +86,15 @@ def forward(q, k, v, log_decay, *, state, chunk: int, interpret=None):
         at.out[...] = jnp.concatenate(outs, axis=1).astype(at.out.dtype)
         _finish(at, plan)
 
-    ins = tokens(plan, q=q, k=k, v=v, log_decay=log_decay) | _state_in(plan, state)
-    outs = {"out": wide(plan, v.dtype, plan.dim)} | _state_out(plan)
-    made = call(body, plan, ins, outs, scratch=_scratch(plan), interpret=interpret)
-    return made["out"].reshape(*v.shape[:2], plan.heads, plan.dim), _state_of(plan, made["left"])
+    ins = tokens(plan, q=q, k=k, v=v, log_decay=log_decay) | state_in(plan, state)
+    outs = {"out": wide(plan, v.dtype, plan.dim)} | state_out(plan)
+    made = call(body, plan, ins, outs, scratch=scratch(plan), interpret=interpret)
+    return made["out"].reshape(*v.shape[:2], plan.heads, plan.dim), state_of(plan, made["left"])
 
 
 def backward(q, k, v, log_decay, *, dout, state, dstate, crossing, chunk: int, interpret=None):
     """See `kernels.fused.gated_linear`."""
-    plan = _plan((q, k, v), chunk)
+    plan = plan_of((q, k, v), chunk)
     arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay, "dout": dout}
     first = _query_grads(plan, arrays, state=state, interpret=interpret)
     q_dq = first["q_dq"].reshape(*q.shape[:2], plan.heads, -1)
@@ -106,7 +104,7 @@ def backward(q, k, v, log_decay, *, dout, state, dstate, crossing, chunk: int, i
     )  # fmt: skip
     grads = (first["dq"], second["dk"], second["dv"], second["dlog_decay"])
     made = (x.reshape(*q.shape[:2], plan.heads, -1) for x in grads)
-    return (*made, _state_of(plan, second["left"]))
+    return (*made, state_of(plan, second["left"]))
 
 
 def _query_grads(plan: Plan, arrays, *, state, interpret) -> dict[str, jax.Array]:
@@ -116,14 +114,14 @@ def _query_grads(plan: Plan, arrays, *, state, interpret) -> dict[str, jax.Array
         _begin(at)
         apart, order = _pairs(plan.chunk)
         grads = []
-        for unit in range(_units(plan)):
+        for unit in range(units(plan)):
             q, k, v, log_decay, dout = _read(plan, at, unit, "q", "k", "v", "log_decay", "dout")
             fading, held = _fading(log_decay), at.memory[unit]
             pairs = [
                 jnp.where(order >= 0, product(_alone(plan, dout, a), v, 1, 1), 0.0)
-                for a in _heads(plan, unit)
+                for a in heads_of(plan, unit)
             ]
-            read = functools.reduce(jnp.add, (product(dout, x, 1, 0) for x in _parts(held, v)))
+            read = whole_product(dout, held, 1, 0)
             dq = _through(plan, pairs, apart == 0, k) + fading.start * read
             q_dq = times(fading.start, q).astype(f32) * read
             for level in fading.levels:
@@ -137,8 +135,8 @@ def _query_grads(plan: Plan, arrays, *, state, interpret) -> dict[str, jax.Array
 
     q = arrays["q"]
     outs = {"dq": wide(plan, q.dtype, plan.depth), "q_dq": wide(plan, f32, plan.depth)}
-    ins = tokens(plan, **arrays) | _state_in(plan, state)
-    return call(queries, plan, ins, outs, scratch=_scratch(plan), interpret=interpret)
+    ins = tokens(plan, **arrays) | state_in(plan, state)
+    return call(queries, plan, ins, outs, scratch=scratch(plan), interpret=interpret)
 
 
 def _key_grads(plan: Plan, arrays, *, dstate, crossing, interpret) -> dict[str, jax.Array]:
@@ -150,7 +148,7 @@ def _key_grads(plan: Plan, arrays, *, dstate, crossing, interpret) -> dict[str, 
         apart, order = _pairs(plan.chunk)
         later = (order <= 0).astype(f32)  # [t, i]: i >= t
         grads = []
-        for unit in range(_units(plan)):
+        for unit in range(units(plan)):
             q, k, v, log_decay, dout, q_dq = _read(
                 plan, at, unit, "q", "k", "v", "log_decay", "dout", "q_dq"
             )
@@ -163,9 +161,9 @@ def _key_grads(plan: Plan, arrays, *, dstate, crossing, interpret) -> dict[str, 
             dv = chosen(plan, inside) + product(leaving, held.astype(v.dtype), 1, 1)
             pairs = [
                 jnp.where(order <= 0, product(_alone(plan, v, a), dout, 1, 1), 0.0)
-                for a in _heads(plan, unit)
+                for a in heads_of(plan, unit)
             ]
-            read = functools.reduce(jnp.add, (product(v, x, 1, 0) for x in _parts(held, v)))
+            read = whole_product(v, held, 1, 0)
             dk = _through(plan, pairs, apart == 0, q) + fading.end * read
             change = q_dq - leaving.astype(f32) * read
             for level in fading.levels:
@@ -186,10 +184,10 @@ def _key_grads(plan: Plan, arrays, *, dstate, crossing, interpret) -> dict[str, 
         "dk": wide(plan, k.dtype, plan.depth), "dv": wide(plan, v.dtype, plan.dim),
         "dlog_decay": wide(plan, f32, plan.depth),
     }  # fmt: skip
-    crossing = crossing.reshape(plan.batch, *_blocks(plan), 1, -1)
-    ins = tokens(plan, **arrays) | _state_in(plan, dstate) | {"crossing": _by_block(crossing)}
-    scratch = _scratch(plan) | {"rest": pltpu.VMEM(crossing.shape[2:], f32)}
-    return call(keys, plan, ins, outs | _state_out(plan), scratch=scratch, interpret=interpret)
+    crossing = crossing.reshape(plan.batch, *blocks_of(plan), 1, -1)
+    ins = tokens(plan, **arrays) | state_in(plan, dstate) | {"crossing": by_block(crossing)}
+    memories = scratch(plan) | {"rest": pltpu.VMEM(crossing.shape[2:], f32)}
+    return call(keys, plan, ins, outs | state_out(plan), scratch=memories, interpret=interpret)
 
 
 class _Level(NamedTuple):
@@ -244,19 +242,17 @@ def _weights(plan: Plan, unit: int, apart, fading: _Fading, rows, cols):
 
     rows, cols: queries and keys, or keys and queries.
     """
-    made = [product(_alone(plan, rows, a), cols, 1, 1) for a in _heads(plan, unit)]
+    made = [product(_alone(plan, rows, a), cols, 1, 1) for a in heads_of(plan, unit)]
     for level in fading.levels:
         x, y = times(level.left, rows), times(level.left, cols)
-        for n, a in enumerate(_heads(plan, unit)):
+        for n, a in enumerate(heads_of(plan, unit)):
             made[n] = jnp.where(apart >= level.half, product(_alone(plan, x, a), y, 1, 1), made[n])
     return made
 
 
 def _through(plan: Plan, pairs, there, other):
     """The gradients of queries or keys from those of `pairs` that are `there`, of every head."""
-    parts = [
-        product(jnp.where(there, x, 0.0).astype(other.dtype), other, 1, 0) for x in pairs
-    ]  # fmt: skip
+    parts = [product(jnp.where(there, x, 0.0).astype(other.dtype), other, 1, 0) for x in pairs]
     return chosen(plan, parts)
 
 
@@ -267,29 +263,6 @@ def _absorbed(plan: Plan, held, fading: _Fading, values, entering):
         value, key = (jax.lax.broadcasted_iota(jnp.int32, new.shape, axis) for axis in (0, 1))
         new = jnp.where(value // plan.dim == key // plan.depth, new, 0.0)
     return fading.keep * held + new
-
-
-def _parts(held, like):
-    """float32 numbers as operands beside `like`, in two parts where that is bfloat16."""
-    if like.dtype == f32:
-        return (held,)
-    high = held.astype(like.dtype)
-    return high, (held - high.astype(f32)).astype(like.dtype)
-
-
-def _plan(arrays, chunk: int) -> Plan:
-    plan = make_plan(arrays, None, chunk)
-    return plan if plan.shared > 1 else plan._replace(packed=math.gcd(plan.heads, BESIDE))
-
-
-def _units(plan: Plan) -> int:
-    """Of a block: heads, or groups of heads that share lanes."""
-    return plan.packed // plan.shared
-
-
-def _heads(plan: Plan, unit: int):
-    """The heads of a unit."""
-    return range(plan.packed) if plan.shared > 1 else (unit,)
 
 
 def _read(plan: Plan, at, unit: int, *names: str):
@@ -316,46 +289,3 @@ def _finish(at, plan: Plan) -> None:
     @pl.when(pl.program_id(2) == plan.grid[2] - 1)
     def _():
         at.left[...] = at.memory[...]
-
-
-def _blocks(plan: Plan) -> tuple[int, int]:
-    """Blocks of heads, and units of each."""
-    return plan.grid[1], _units(plan)
-
-
-def _by_block(x) -> Array:
-    """An array [B, blocks, ...] of which a step has its block."""
-    none = (0,) * (x.ndim - 2)
-    return Array(x, (None, None, *x.shape[2:]), lambda b, h, c: (b, h, *none))
-
-
-def _state_in(plan: Plan, state) -> dict[str, Array]:
-    """[B, H, R, Dv] states as [B, blocks, units, Dv, R] of whole lanes."""
-    if state is None:
-        return {}
-    n = plan.shared
-    state = state.reshape(plan.batch, *_blocks(plan), n, plan.depth, plan.dim)
-    own = jnp.eye(n, dtype=bool)[:, None, :, None]
-    placed = jnp.where(own, jnp.swapaxes(state, 4, 5)[..., None, :], 0.0)
-    return {"state": _by_block(placed.reshape(*state.shape[:3], *_shape(plan)))}
-
-
-def _state_out(plan: Plan) -> dict[str, Array]:
-    shape = (plan.batch, *_blocks(plan), *_shape(plan))
-    return {"left": _by_block(jax.ShapeDtypeStruct(shape, f32))}
-
-
-def _scratch(plan: Plan):
-    return {"memory": pltpu.VMEM((_units(plan), *_shape(plan)), f32)}
-
-
-def _shape(plan: Plan) -> tuple[int, int]:
-    return plan.shared * plan.dim, plan.shared * plan.depth
-
-
-def _state_of(plan: Plan, left):
-    """[B, H, R, Dv] out of what `_state_out` has."""
-    n = plan.shared
-    left = left.reshape(*left.shape[:3], n, plan.dim, n, plan.depth)
-    own = jnp.moveaxis(jnp.diagonal(left, axis1=3, axis2=5), -1, 3)  # [..., head, Dv, R]
-    return jnp.swapaxes(own.reshape(plan.batch, plan.heads, plan.dim, plan.depth), 2, 3)

@@ -93,6 +93,15 @@ def product(x, y, i: int, j: int):
     )
 
 
+def whole_product(x, held, i: int, j: int):
+    """`product` with float32 numbers beside bfloat16 ones, in two parts of which none is lost."""
+    if x.dtype == f32:
+        return product(x, held, i, j)
+    high = held.astype(x.dtype)
+    low = (held - high.astype(f32)).astype(x.dtype)
+    return product(x, high, i, j) + product(x, low, i, j)
+
+
 def _own(plan: Plan, width: int, a: int):
     """Which lanes of a block are head a's."""
     lanes = jax.lax.broadcasted_iota(jnp.int32, (1, width), 1)

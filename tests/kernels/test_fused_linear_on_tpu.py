@@ -212,7 +212,6 @@ def test_no_array_of_features_is_written_out():
         ("segments", lambda x: linear(**x, mask=Mask(segments=jnp.zeros((4, 9), jnp.int32)))),
         ("float16", lambda x: linear(**{n: y.astype(jnp.float16) for n, y in x.items()},
                                      mask=ALL)),
-        ("per channel", lambda x: gated(**x, log_decay=jnp.zeros((4, 9, 2, 32)), mask=CAUSAL)),
         ("512", lambda x: favor(**x, weight=np.ones((600, 32)), mask=CAUSAL)),
         ("blocks of 128 lanes", lambda x: linear(**{n: y.repeat(9, 2)[:, :, :17, :30]
                                                     for n, y in x.items()}, mask=CAUSAL)),
@@ -220,7 +219,7 @@ def test_no_array_of_features_is_written_out():
 )  # fmt: skip
 def test_what_no_kernel_takes_is_refused_with_a_reason(reason, call, monkeypatch):
     said = []
-    for name in ("refuse_linear", "refuse_gated", "refuse_favor"):
+    for name in ("refuse_linear", "refuse_favor"):
         real = getattr(fused_linear, name)
         monkeypatch.setattr(
             fused_linear, name, lambda *a, _real=real, **k: said.append(_real(*a, **k)) or said[-1]
