@@ -42,11 +42,12 @@ def gated_linear_attention(
     2 H R Dv) multiply-adds, memory linear in T. `log_decay` is at most 0 and may be as low as
     float32 goes. G groups of queries and keys serve H heads, G dividing H; a decay per channel
     repeats them. `initial_state` belongs to the segment of the first token, the one returned to
-    that of the last: cutting a sequence in two and passing it on gives the whole.
+    that of the last: cutting a sequence in two and passing it on gives the whole. backend="pallas"
+    is `kernels.fused.linear.gated`, or `kernels.fused.gated_linear.by_channel`, a TPU's: see there.
 
     Raises:
         ValueError: the mask is not causal or does not fit, or G does not divide H.
-        NotImplementedError: the op has no such backend.
+        NotImplementedError: the op has no such backend, or it does not take these arguments.
     """
     mask = causal(mask, q.shape[1])
     if v.shape[2] % q.shape[2]:

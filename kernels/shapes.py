@@ -33,6 +33,7 @@ class Case:
     op: a name in `kernels`; q, k and v have `heads` heads, k and v `groups` of them if it is not 0.
     rank: FAVOR+'s features or Linformer's projected keys. window: keys seen to the left, itself
     not counted, and as many to the right where nothing is causal. segments: how many, of one size.
+    channels: gated linear attention has a decay per key channel, in place of one per head.
     """
 
     op: str
@@ -45,6 +46,7 @@ class Case:
     rank: int = 0
     window: int = 0
     segments: int = 0
+    channels: bool = False
     dtype: str = "bfloat16"
 
     @property
@@ -53,7 +55,8 @@ class Case:
         sizes = {"B": self.batch, "T": self.length, "H": self.heads, "G": self.groups}
         sizes |= {"D": self.dim, "R": self.rank, "W": self.window, "segments": self.segments}
         shape = [f"{letter}{size}" for letter, size in sizes.items() if size]
-        return " ".join([self.op, *["causal"] * self.causal, *shape, self.dtype])
+        kind = [*["causal"] * self.causal, *["channels"] * self.channels]
+        return " ".join([self.op, *kind, *shape, self.dtype])
 
     @property
     def keys(self) -> int:
@@ -68,7 +71,8 @@ def arguments(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
     made = {"q": (b, t, h, d), "k": (b, case.keys, key_heads, d), "v": (b, case.keys, key_heads, d)}
     shapes = {n: jax.ShapeDtypeStruct(s, jnp.dtype(case.dtype)) for n, s in made.items()}
     if case.op == "gated_linear_attention":
-        shapes["log_decay"] = jax.ShapeDtypeStruct((b, t, h), jnp.float32)
+        shape = (b, t, h, d) if case.channels else (b, t, h)
+        shapes["log_decay"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     if case.op == "favor_attention":
         shapes["projection"] = jax.ShapeDtypeStruct((case.rank, d), jnp.float32)
     if case.segments:
@@ -85,7 +89,8 @@ def draw(case: Case, seed: int = 0) -> dict[str, jax.Array]:
         if name in ("q", "k") and case.op == "linear_attention":  # features
             x = jnp.exp(0.3 * x)
         if name == "log_decay":  # retention's range: a memory of 8 to 256 tokens
-            x = jnp.broadcast_to(jnp.log1p(-jnp.exp2(-jnp.linspace(3, 8, case.heads))), x.shape)
+            fading = jnp.log1p(-jnp.exp2(-jnp.linspace(3, 8, case.heads)))
+            x = jnp.broadcast_to(fading[:, None] if case.channels else fading, x.shape)
         if name == "segments":
             x = jnp.broadcast_to(jnp.arange(case.length) * case.segments // case.length, x.shape)
         made[name] = x.astype(aval.dtype)
@@ -147,16 +152,18 @@ def traffic(case: Case, run: Pass) -> int:
     """Bytes that must cross the memory bus: each array read or written once in each pass over it.
 
     Backward reads q, k, v, out and its cotangent and writes three gradients; causal linear
-    attention goes over keys, values and cotangents twice (`kernels.md`, section 5: 10 arrays).
+    attention goes over keys, values and cotangents twice (`kernels.md`, section 5: 10 arrays), and
+    so over decays per channel, whose gradient it writes.
     """
     element = jnp.dtype(case.dtype).itemsize
     rows = case.batch * case.heads * case.length * case.dim * element
     columns = case.batch * (case.groups or case.heads) * case.keys * case.dim * element
     forward = 2 * rows + 2 * columns
+    decays = rows * 4 // element if case.channels else 0
     if run == "forward":
-        return forward
+        return forward + decays
     if case.causal and _linear(case):
-        return forward + 4 * rows + 6 * columns
+        return forward + 4 * rows + 6 * columns + 4 * decays
     return forward + 4 * rows + 4 * columns
 
 
@@ -205,12 +212,13 @@ def _linear(case: Case) -> bool:
 
 def _cases(
     op: str, *sizes: tuple[int, int, int, int], causal: bool = False, groups: int = 0,
-    rank: int = 0, window: int = 0, segments: int = 0, dtype: str = "bfloat16",
+    rank: int = 0, window: int = 0, segments: int = 0, channels: bool = False,
+    dtype: str = "bfloat16",
 ) -> tuple[Case, ...]:  # fmt: skip
     """Cases of one op at sizes (B, T, H, D)."""
     return tuple(
         Case(op=op, batch=b, length=t, heads=h, dim=d, causal=causal, groups=groups, rank=rank,
-             window=window, segments=segments, dtype=dtype)
+             window=window, segments=segments, channels=channels, dtype=dtype)
         for b, t, h, d in sizes
     )  # fmt: skip
 
@@ -230,6 +238,7 @@ SHIPPED = (
     *_cases("linear_attention", (1, 8192, 4, 128), (1, 8192, 4, 64)),
     *_cases("linear_attention", (1, 8192, 4, 128), causal=True, segments=4),
     *_cases("gated_linear_attention", (1, 8192, 4, 128), (1, 8192, 4, 64), causal=True),
+    *_cases("gated_linear_attention", (1, 8192, 4, 128), causal=True, channels=True),
     *_cases("favor_attention", (1, 8192, 4, 64), (1, 8192, 4, 128), causal=True, rank=256),
     *_cases("favor_attention", (1, 8192, 4, 64), (1, 8192, 4, 128), rank=256),
     *_cases("linformer_attention", (1, 8192, 4, 64), (1, 8192, 4, 128), rank=256),

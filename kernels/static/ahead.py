@@ -153,7 +153,7 @@ def examine(
     trial: sizes in place of the table's. bundles: count them, instead of asking the estimator.
     """
     chip = CHIPS[name]
-    bundles |= run == "training" and case.op in COUNTED
+    bundles |= case.channels or (run == "training" and case.op in COUNTED)
     with tempfile.TemporaryDirectory(prefix="static.") as place:
         folder = Path(place)
         asked = {"case": dataclasses.asdict(case), "run": run, "trial": trial}

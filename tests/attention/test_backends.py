@@ -19,6 +19,7 @@ ON_TPU = (
     "linear",
     "retention",
     "mamba2",
+    pytest.param("gla", marks=pytest.mark.slow),
 )
 LENGTH = 20
 
