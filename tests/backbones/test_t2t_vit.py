@@ -39,7 +39,7 @@ def test_counts_are_those_printed(name):
     made = multiply_adds(lambda state, x: nnx.merge(graph, state)(x), state, image)
     millions, billions = PRINTED[name]
     assert round(sum(x.size for x in held) / 1e6 - 0.001, 1) == millions  # 21.5456 is 21.5
-    assert abs(made / 1e9 - billions) < 0.05 + 0.01 * billions  # queries fill up whole chunks
+    assert abs(made / 1e9 - billions) < 0.05 + 0.01 * billions
 
 
 def normed(w, x):
