@@ -50,11 +50,15 @@ def draw(profiles: Sequence[Any], path: str | Path) -> None:
         axis.set(xscale="log", xlabel=label)
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("published top-1 on ImageNet, %")
-    figure.axes[1].legend(fontsize=8, loc="lower right")
+    lines, labels = figure.axes[1].get_legend_handles_labels()
+    figure.legend(lines, labels, fontsize=8, loc="outside right center")
     figure.savefig(path)
 
 
 def _family(name: str) -> str:
-    """The first word of a name: "mobilevit" of "mobilevit_xs"."""
-    word = name.partition("_")[0]
-    return word if word not in ("t2t", "pvt", "mobile") else "_".join(name.split("_")[:2])
+    """The first word of a name: "mobilevit" of "mobilevit_xs"; two where one says too little."""
+    word, _, rest = name.partition("_")
+    if not rest:
+        return word.rstrip("0123456789")
+    two = word in ("t2t", "pvt", "mobile", "dynamicvit")
+    return "_".join(name.split("_")[:2]) if two else word
