@@ -17,6 +17,7 @@ such. Both passes of the gradient multiply by the same rounded numbers, so that 
 sums over pairs, which are subtracted, what cancels cancels.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -261,8 +262,16 @@ def _absorbed(plan: Plan, held, fading: _Fading, values, entering):
     new = product(values, entering, 0, 0)
     if plan.shared > 1:
         value, key = (jax.lax.broadcasted_iota(jnp.int32, new.shape, axis) for axis in (0, 1))
-        new = jnp.where(value // plan.dim == key // plan.depth, new, 0.0)
+        own = [
+            _between(value, a, plan.dim) & _between(key, a, plan.depth) for a in range(plan.shared)
+        ]
+        new = jnp.where(functools.reduce(jnp.logical_or, own), new, 0.0)
     return fading.keep * held + new
+
+
+def _between(places, a: int, width: int):
+    """The places of head a; no division, which a TPU's vectors lack."""
+    return (places >= a * width) & (places < (a + 1) * width)
 
 
 def _read(plan: Plan, at, unit: int, *names: str):
