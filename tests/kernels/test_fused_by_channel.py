@@ -3,6 +3,8 @@
 Outputs, last states and all gradients; the recurrence is in float64.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,14 +80,14 @@ def test_one_token_that_forgets_everything_leaves_the_others_precise(cut):
     np.testing.assert_array_equal(made.grads["log_decay"][:, 20], 0)
 
 
+def loss(given, interpret=True):
+    out = fused(**given, mask=Mask(causal=True), interpret=interpret)
+    return jnp.sum(jnp.sin(out))
+
+
 def run(interpret=True):
     """The op's loss and its gradient by all that it is given."""
-
-    def call(given):
-        out = fused(**given, mask=Mask(causal=True), interpret=interpret)
-        return jnp.sum(jnp.sin(out))
-
-    return jax.value_and_grad(call)
+    return jax.value_and_grad(functools.partial(loss, interpret=interpret))
 
 
 def quick(function):
@@ -110,7 +112,7 @@ def test_vmap_and_checkpoint():
 
     def mapped(given):
         apart = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), given)
-        return jnp.sum(jax.vmap(jax.checkpoint(lambda x: run()(x)[0]))(apart))
+        return jnp.sum(jax.vmap(jax.checkpoint(loss))(apart))
 
     same(quick(jax.value_and_grad(mapped))(given), quick(run())(given))
 
