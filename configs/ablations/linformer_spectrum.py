@@ -8,7 +8,8 @@ PATH is a text file or a folder of .txt files, this repository's README.md unles
 looks into RoBERTa at n = 512; here a masked language model of characters is trained first: at
 "small" 4 layers of width 64 on contexts of 128, 1,000 steps, two minutes on two free CPU cores;
 "paper" has RoBERTa-base's shape on 512 byte-pair tokens. Expect a long tail, and in the paper's
-model a longer one in higher layers.
+model a longer one in higher layers; at small so few steps teach it hardly anything, and the model
+before them has the same tail.
 """
 
 import numpy as np
@@ -66,8 +67,9 @@ def get_sweep(scale: Scale, argument: str = "README.md") -> Sweep:
         note=(
             "The figure prints no numbers; its words are the claims. Sums of the largest singular "
             "values over the sum of all, of softmax(Q K^T / sqrt(D)), the mean over 16 test "
-            "contexts. `1 step` is the same model before it has learnt anything: its weights are "
-            "nearly uniform, of rank 1."
+            "contexts. `1 step` is the same model before it has learnt anything. Where it shows the "
+            "same, the low rank is that of the heads, whose scores have rank D at most (16 of 128 "
+            "at small, 64 of 512 in the paper), and nothing that was learnt."
         ),
     )
 
