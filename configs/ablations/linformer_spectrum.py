@@ -68,8 +68,8 @@ def get_sweep(scale: Scale, argument: str = "README.md") -> Sweep:
             "The figure prints no numbers; its words are the claims. Sums of the largest singular "
             "values over the sum of all, of softmax(Q K^T / sqrt(D)), the mean over 16 test "
             "contexts. `1 step` is the same model before it has learnt anything. Where it shows "
-            "the same, the low rank is that of the heads, whose scores have rank D at most (16 of 128 "
-            "at small, 64 of 512 in the paper), and nothing that was learnt."
+            "the same, the low rank is that of the heads, whose scores have rank D at most (16 of "
+            "128 at small, 64 of 512 in the paper), and nothing that was learnt."
         ),
     )
 
