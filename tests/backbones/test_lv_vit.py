@@ -10,7 +10,7 @@ from efficient_attn import backbones
 from efficient_attn.layers.norm import BatchNorm
 from efficient_attn.tools.profile import profile
 from efficient_attn.tools.published import agrees
-from tests.backbones.test_sparse import TINY, Formulas, counted, images, logits, make, scores
+from tests.backbones.test_sparse import Formulas, counted, dynamic, images, logits, make
 from tests.support import fast, relative
 
 PRINTED = {
@@ -67,7 +67,6 @@ class LvFormulas(Formulas):
         as_floats = lambda x: np.asarray(x, np.float64)  # noqa: E731
         statistics = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
         self.statistics = jax.tree.map(as_floats, statistics)["stem"]["layers"]
-        self.step = model.config.branch_scale
 
     def linear(self, x, w):
         return x @ w["kernel"] + w.get("bias", 0.0)
@@ -106,19 +105,7 @@ def filled(name, **options):
 
 def test_the_network_is_its_paper_and_dynamicvit_over_it():
     model = filled("dynamicvit_lvvit_s", keep_rate=0.6)
-    expected = []
-    for image in images():
-        f = LvFormulas(model)
-        x, stage = f.tokens(image), 0
-        for layer, w in enumerate(f.blocks(), start=1):
-            if layer in TINY["layers"]:
-                y = scores(f, x[1:], f.w["predictors"][stage], np.ones(len(x) - 1))
-                stage += 1
-                kept = np.argsort(-(y[:, 0] - y[:, 1]))[: int(16 * 0.6**stage)]
-                x = np.concatenate([x[:1], x[1:][kept]])
-            x = x + f.step * f.attention(x, w)[0]
-            x = x + f.step * f.mlp(x, w)
-        expected.append(f.classify(x))
+    expected = [dynamic(LvFormulas(model), image) for image in images()]
     assert relative(logits(model, images()), np.stack(expected)) < 1e-5
 
 
