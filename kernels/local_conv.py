@@ -49,6 +49,12 @@ def local_conv(
     return rearrange(out, "b t h d -> b t (h d)").astype(dtype)
 
 
+def _near(x, segments, taps: int, past: int):
+    """x and its segments, if any, with zeros around: tap j of token t reads place t + j of both."""
+    around = (past, taps - 1 - past)
+    return _padded(x, around), None if segments is None else _padded(segments, around)
+
+
 def _padded(x, around: tuple[int, int]):
     """x [B,T,...] with so many more tokens of zeros before and after it."""
     return jnp.pad(x, [(0, 0), around] + [(0, 0)] * (x.ndim - 2))
@@ -57,9 +63,7 @@ def _padded(x, around: tuple[int, int]):
 def _sum(x, weights, segments, past: int):
     """sum_j weights[t, h, j] x[t + j - past, h] of x [B,T,H,D], among tokens of one segment."""
     length, taps = x.shape[1], weights.shape[-1]
-    around = (past, taps - 1 - past)
-    near = _padded(x, around)
-    beside = None if segments is None else _padded(segments, around)
+    near, beside = _near(x, segments, taps, past)
     out = jnp.zeros((), x.dtype)
     for tap in range(taps):
         at = slice(tap, tap + length)
@@ -78,15 +82,13 @@ def _backward(past: int, residuals, gradient):
     """x[s] reaches t = s + past - j by tap j: the taps, in the other order, of the gradient."""
     x, weights, segments = residuals
     length, taps = x.shape[1], weights.shape[-1]
-    around = (past, taps - 1 - past)
     mirrored = weights[..., ::-1]
     if weights.shape[1] > 1:
         wide = _padded(mirrored, (taps - 1 - past, past))
         each = [wide[:, tap : tap + length, :, tap] for tap in range(taps)]
         mirrored = jnp.stack(each, axis=-1)
     of_x = _sum(gradient, mirrored, segments, taps - 1 - past)
-    near = _padded(x, around)
-    beside = None if segments is None else _padded(segments, around)
+    near, beside = _near(x, segments, taps, past)
     same = [axis for axis in (0, 1) if weights.shape[axis] == 1]
 
     def of_tap(tap):

@@ -119,7 +119,7 @@ def _pass_backward(how: How, residuals, cotangents):
     log_decay = None
     if tokens.log_decay is not None:
         crossing = jnp.sum(last * dleft.sums, axis=(2, 3))[..., None]
-        log_decay = cumsum_back(q_dq - k_dk) + crossing
+        log_decay = _cumsum_back(q_dq - k_dk) + crossing
     grads = Tokens(
         grouped(dq, tokens.q), grouped(dk, tokens.k), grouped(dv, tokens.v), None,
         None if tokens.log_scale is None else k_dk, log_decay, None,
@@ -217,8 +217,7 @@ def grouped(x, like):
     return x.astype(like.dtype)
 
 
-def cumsum_back(x):
-    """Sums over each number of the last axis and all that come after it."""
+def _cumsum_back(x):
     return jnp.flip(jnp.cumsum(jnp.flip(x, -1), axis=-1), -1)
 
 

@@ -1,7 +1,4 @@
-"""Sizes, blocks and states of the kernels on TPU whose states are the blocks on a diagonal.
-
-Chunks and heads of a block are those of `kernels.pallas_tpu.delta_rule` as well.
-"""
+"""Sizes, blocks and states of the kernels on TPU whose states are the blocks on a diagonal."""
 
 import math
 
