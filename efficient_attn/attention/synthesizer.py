@@ -148,8 +148,8 @@ class Synthesizer(Mixer):
     def _rows(self, x, at, positions):
         """What each part's rows of logits are made of: arrays [B or 1, T, ...] by part."""
         return {
-            name: part.rows(x, positions if name == "vanilla" else at)
-            for name, part in self.parts.items()
+            name: self.parts[name].rows(x, positions if name == "vanilla" else at)
+            for name in self.config.mixture
         }
 
     def _mix(self, rows, values, keys, mask: Mask):
@@ -179,7 +179,7 @@ class Synthesizer(Mixer):
     def _attend(self, rows, seen: Bool[Array, "#B 1 #T S"], values, keys):
         """The output [B,T,H,D] of these rows of the logits."""
         columns = values.shape[1]
-        parts = [part.logits(rows[name], columns, keys) for name, part in self.parts.items()]
+        parts = [self.parts[name].logits(rows[name], columns, keys) for name in self.config.mixture]
         if len(parts) > 1 and self.config.weights == "learned":
             shares = jax.nn.softmax(self.shares[...])
             parts = [shares[n] * part for n, part in enumerate(parts)]

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from efficient_attn import attention
+from efficient_attn.backbones.base import Objective
 from efficient_attn.errors import UserError
 from kernels import Mask
 from tests import support
@@ -278,3 +279,19 @@ def test_a_backend_that_cannot_run_here_says_so(expression, backend):
 @pytest.mark.parametrize("expression", EXPRESSIONS)
 def test_an_expression_is_its_own_label(expression):
     assert choice(str(choice(expression))) == choice(expression)
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_training_may_watch_it(expression):
+    """`nnx.capture`, within which an objective is computed, adds attributes to every module."""
+    parts = nnx.split(holder(expression, **place(expression, SHORT)))
+    given = {"mask": support.plain(expression)}
+
+    def plain(x):
+        return nnx.merge(*parts)(x, **given)
+
+    def watched(x):
+        return nnx.capture(nnx.merge(*parts), Objective)(x, **given)[0]
+
+    x = draw_x(expression, SHORT)
+    assert jax.eval_shape(watched, x) == jax.eval_shape(plain, x)
