@@ -2,11 +2,13 @@
 
     python -m kernels.bench --cpu-peers [--quick] [--out DIR]
 
-Batch 4, 8 heads of 64, float32, 512 to 8,192 tokens (--quick: 512). The calls of a length take
-turns, after one each to compile; the least time of the turns counts, so that another process slows
-none alone. Peers get their tensors as they want them, [B,H,T,D] and contiguous, and run as they are
-by default: queries of linear-attention-transformer's causal attention see none of the 64 keys of
-their own bucket, which ours do. The packages are compared with where they are installed:
+Batch 4, 8 heads of 64, float32, 512 to 8,192 tokens (--quick: 512). After one call each to compile,
+all of a length take turns of two calls; the least time counts, so that another process slows none
+alone. Ours and theirs begin with what a layer's projections give, [B,T,H,D], which most peers turn
+to [B,H,T,D], as their own layers do; their time on contiguous [B,H,T,D] stands in brackets. They
+run as they are by default: queries of linear-attention-transformer's causal attention see none of
+the 64 keys of their own bucket, which ours do. The packages are compared with where they are
+installed:
 
     pip install torch --index-url https://download.pytorch.org/whl/cpu
     pip install --no-deps performer-pytorch axial-positional-embedding local-attention linformer \\
@@ -34,6 +36,8 @@ from kernels.softmax_attention import softmax_attention
 
 BATCH, HEADS, DIM, RANK = 4, 8, 64, 256
 LENGTHS = (512, 1024, 2048, 4096, 8192)
+TURNS = 12
+"""At the shortest; fewer at others, as their time grows."""
 AT_MOST = {"softmax_attention": 1.5, "softmax_attention causal": 1.5}
 """Our time over the peer's that is still good: 1 where nothing is said."""
 Step = Callable[[], Any]
@@ -183,32 +187,36 @@ def _jax_step(call, arrays) -> Step:
     return lambda: jax.block_until_ready(step(q, k, v, cotangent))
 
 
-def _torch_step(call, arrays, heads_last: bool) -> Step:
+def _torch_step(call, arrays, heads_last: bool, *, contiguous: bool = False) -> Step:
+    """contiguous: of [B,H,T,D], whatever that would have cost."""
     torch = package("torch")
-    given = [torch.from_numpy(x) for x in arrays]
-    if not heads_last:
-        given = [x.transpose(1, 2).contiguous() for x in given]
-    *given, cotangent = given
-    leaves = [x.requires_grad_() for x in given]
+    *leaves, cotangent = [torch.from_numpy(x) for x in arrays]
+
+    def turn(x):
+        return x if heads_last else x.transpose(1, 2)
+
+    if contiguous:
+        *leaves, cotangent = [turn(x).contiguous() for x in (*leaves, cotangent)]
+    leaves = [x.requires_grad_() for x in leaves]
 
     def step():
-        out = call(*leaves)
+        out = call(*leaves) if contiguous else turn(call(*map(turn, leaves)))
         return out, *torch.autograd.grad(out, leaves, cotangent)
 
     return step
 
 
-def _off(ours: tuple, theirs: tuple, heads_last: bool) -> float:
+def _off(ours: tuple, theirs: tuple) -> float:
     """The greatest relative error of the outputs and the gradients, one against the other."""
-    worst = 0.0
-    for x, y in zip(ours, theirs, strict=True):
-        y = y.detach().numpy() if heads_last else y.detach().transpose(1, 2).numpy()
-        worst = max(worst, float(np.linalg.norm(x - y) / np.linalg.norm(y)))
-    return worst
+    pairs = zip(ours, (y.detach().numpy() for y in theirs), strict=True)
+    return max(float(np.linalg.norm(x - y) / np.linalg.norm(y)) for x, y in pairs)
 
 
 def compare(length: int) -> list[dict[str, Any]]:
-    """Rows of one length: ours and each peer's milliseconds, and the peer's over ours."""
+    """Rows of one length: ours and each peer's milliseconds, and the peer's over ours.
+
+    contiguous_ms: the peer's on contiguous [B,H,T,D], where it wants that.
+    """
     arrays, rows = _draw(length), []
     ours = {name: _jax_step(call, arrays) for name, call in OURS.items()}
     results = {name: step() for name, step in ours.items()}
@@ -220,29 +228,35 @@ def compare(length: int) -> list[dict[str, Any]]:
                 raise NotImplementedError(
                     f"takes too much memory or time above {peer.longest} tokens"
                 )
-            step = _torch_step(peer.make(length), arrays, peer.heads_last)
+            call = peer.make(length)
+            step = _torch_step(call, arrays, peer.heads_last)
             result = step()
             if peer.same:
-                row["off"] = _off(results[peer.ours], result, peer.heads_last)
+                row["off"] = _off(results[peer.ours], result)
                 if not row["off"] < 1e-3:
                     raise NotImplementedError(f"ours and theirs differ by {row['off']:.1e}")
             steps[name] = step
+            if not peer.heads_last:
+                steps[f"{name}, contiguous"] = _torch_step(call, arrays, False, contiguous=True)
         except Exception as error:  # a peer that fails must not end the others
             row["skipped"] = f"{type(error).__name__}: {error}".split("\n")[0][:200]
         rows.append(row)
     del results
     best = dict.fromkeys(steps, float("inf"))
-    for _ in range(5 if length <= 2048 else 3):
+    for _ in range(max(1, TURNS * LENGTHS[0] // length)):
         for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            best[name] = min(best[name], time.perf_counter() - start)
+            for _ in range(2):  # the first finds its memory given back to another
+                start = time.perf_counter()
+                step()
+                best[name] = min(best[name], time.perf_counter() - start)
             time.sleep(0.02)  # a pool's threads spin a while after their last work
     for row in rows:
         row["ours_ms"] = 1e3 * best[row["op"]]
         if "skipped" not in row:
             row["peer_ms"] = 1e3 * best[row["peer"]]
             row["ratio"] = row["peer_ms"] / row["ours_ms"]
+            if not PEERS[row["peer"]].heads_last:
+                row["contiguous_ms"] = 1e3 * best[f"{row['peer']}, contiguous"]
     return rows
 
 
@@ -252,7 +266,8 @@ def line(row: dict[str, Any]) -> str:
     if "skipped" in row:
         return f"{head} {row['skipped']}"
     enough = "" if row["ratio"] * AT_MOST.get(row["op"], 1.0) >= 1 else "   BEHIND"
-    return f"{head} {row['peer_ms']:10.1f} ms {row['ratio']:6.2f} x{enough}"
+    other = f" ({row['contiguous_ms']:.1f} ms)" if "contiguous_ms" in row else ""
+    return f"{head} {row['peer_ms']:10.1f} ms{other} {row['ratio']:6.2f} x{enough}"
 
 
 def main(folder: Path, *, quick: bool = False) -> int:
