@@ -7,7 +7,8 @@ Mobile-Former (2108.05895) on one image set, and MobileViT-XXS with three linear
 place of its softmax. PATH is a folder with train/<class>/*, or a set of TFDS; cifar10 unless given.
 
 Scales: "small" has images of 64 x 64, of which the four take 21 to 32 million multiply-adds,
-batches of 64 and 1,000 steps, 10 to 25 minutes a row on two CPU cores; "paper" ImageNet by DeiT's recipe (`configs/imagenet.py`), the published sizes.
+batches of 64 and 1,000 steps, 10 to 25 minutes a row on two CPU cores; "paper" ImageNet by DeiT's
+recipe (`configs/imagenet.py`), the published sizes.
 
 Expect at small: networks of so few steps come in another order than on ImageNet.
 
