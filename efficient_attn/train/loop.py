@@ -97,6 +97,7 @@ class Loop:
         self.best: dict[str, Any] | None = None
         self.validation: dict[str, float] | None = None
         self.warned = False
+        self._newest: jax.Array | None = None
         self.tracer = Tracer(traced(experiment), workdir.profile)
         self._began = time.perf_counter()
         notes = self._restore_or_init()
@@ -137,7 +138,7 @@ class Loop:
                 with self.tracer.step(step):
                     batch = self._next_batch()
                     self.state, metrics = self.program.step(self.state, batch)
-                self.step = step
+                self.step, self._newest = step, metrics["loss"]
                 self.display.update(step)
                 if step == first:
                     self._first_step(metrics)
@@ -194,10 +195,12 @@ class Loop:
         self._lap, self._waited = (self.step, time.perf_counter()), 0.0
 
     def _next_batch(self) -> Batch:
+        """Only while no step runs is the wait for a batch lost: jax lets this loop run ahead."""
         began = time.perf_counter()
         with jax.profiler.TraceAnnotation("input"):
             batch = next(self.batches)
-        self._waited += time.perf_counter() - began
+        if self._newest is None or self._newest.is_ready():
+            self._waited += time.perf_counter() - began
         return batch
 
     def _seconds(self) -> float:
