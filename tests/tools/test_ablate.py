@@ -160,6 +160,9 @@ def test_a_failing_row_leaves_the_others_running_and_is_run_by_the_next_call(tmp
     assert "Failed:\n\n- `user`: x=3" in text and "- `bug`: ZeroDivisionError: divided by" in text
     rows = table_rows(tmp_path / "out")
     assert rows["bug"] == ["failed", "failed"] and rows["good"] == ["200", "2"]
+    complete, said = run(file, only="last")
+    assert complete and "failed: bug: ZeroDivisionError" in said, "as another command found"
+    assert table_rows(tmp_path / "out")["bug"] == ["failed", "failed"]
     (tmp_path / "mended").touch()
     complete, said = run(file)
     assert complete and calls(file)[4:] == ["3 2 0", "2 2 0"]

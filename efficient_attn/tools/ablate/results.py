@@ -17,6 +17,7 @@ from efficient_attn.tools.ablate.sweep import Number, Row, Sweep
 from efficient_attn.train.config import fingerprint
 from efficient_attn.train.workdir import read_json, write_json
 
+FAILURE = "failure.json"
 WAIT = 120  # seconds that a row waits for the process that was at work on it before
 
 
@@ -37,7 +38,8 @@ class Record:
 class Place:
     """The files of a sweep below `path`:
 
-    rows/LABEL-HASH/seed-N/   row.json, log.txt, and of a training all that a run has
+    rows/LABEL-HASH/seed-N/   row.json or, as long as it failed, failure.json; log.txt; and of a
+                              training all that a run has
     results.jsonl             the records of all finished rows, one a line
     table.md, figure.png, figure.svg
     """
@@ -73,7 +75,22 @@ class Place:
 
     def finish(self, row: Row, record: Record) -> None:
         """Keep a record, whole or not at all."""
-        write_json(self.of(row, record.seed) / "row.json", asdict(record))
+        path = self.of(row, record.seed)
+        write_json(path / "row.json", asdict(record))
+        (path / FAILURE).unlink(missing_ok=True)
+
+    def fail(self, row: Row, seed: int, why: str) -> None:
+        """Keep why a row has no record, for later commands to tell."""
+        write_json(self.of(row, seed) / FAILURE, {"why": why})
+
+    def failures(self) -> dict[tuple[str, int], str]:
+        """Why rows failed the last time, by label and seed."""
+        found = {}
+        for row in self.sweep.rows:
+            for file in sorted(self.of(row, 0).parent.glob(f"seed-*/{FAILURE}")):
+                seed = int(file.parent.name.removeprefix("seed-"))
+                found[row[0], seed] = read_json(file)["why"]
+        return found
 
     def gather(self) -> list[Record]:
         """All records of the sweep's rows, which are written to results.jsonl as well."""

@@ -1,6 +1,6 @@
 """A sweep from its command line to its table and picture."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -52,19 +52,19 @@ def ablate(asked: Asked, console: Console | None = None) -> bool:
         return True
     tasks = [(index, seed) for seed in range(asked.seeds) for index in chosen]
     refused = weigh(sweep, chosen)[1] if sweep.equal_parameters is not None else {}
-    failures = {label: Failure(label, "refused", why) for label, why in refused.items()}
     with place.hold():
         _check(place, asked)
         write_json(place.path / "sweep.json", _about(asked, sweep))
-        _run(asked, place, tasks, failures, console)
+        _run(asked, place, tasks, set(refused), console)
+        failures = _failures(place, refused)
         results = Results(sweep.rows, place.gather())
         verdicts = table.judge(sweep, results, asked.scale)
         _write(asked, place, results, verdicts, failures)
         _conclude(place, results, verdicts, failures, console)
-        left = _unfinished(place, tasks)
-        if left and not failures:
-            console.print(f"stopped: {len(left)} of {len(tasks)} runs are left; run it again")
-    return not left and not failures
+        unfinished = _unfinished(place, tasks)
+        if unfinished and not failures:
+            console.print(f"stopped: {len(unfinished)} of {len(tasks)} runs are left; run it again")
+    return not unfinished
 
 
 def _check(place: Place, asked: Asked) -> None:
@@ -84,15 +84,21 @@ def _unfinished(place: Place, tasks: Sequence[Task]) -> list[Task]:
     return [(i, seed) for i, seed in tasks if place.record(place.sweep.rows[i], seed) is None]
 
 
+def _failures(place: Place, refused: Mapping[str, str]) -> dict[str, Failure]:
+    """By the runs' names, those of other commands too."""
+    failures = {label: Failure(label, "refused", why) for label, why in refused.items()}
+    failed = place.failures()
+    several = any(seed > 0 for _, seed in failed)
+    for (label, seed), why in failed.items():
+        failures[label + f", seed {seed}" * several] = Failure(label, "failed", why)
+    return failures
+
+
 def _run(
-    asked: Asked,
-    place: Place,
-    tasks: Sequence[Task],
-    failures: dict[str, Failure],
-    console: Console,
+    asked: Asked, place: Place, tasks: Sequence[Task], refused: set[str], console: Console
 ) -> None:
-    """Run the tasks that are not finished; `failures` begins with the rows that may not run."""
-    rows, refused = place.sweep.rows, set(failures)
+    """Run the tasks that are not finished but for the rows that are refused."""
+    rows = place.sweep.rows
     unfinished = _unfinished(place, tasks)
     left = [(i, seed) for i, seed in unfinished if rows[i][0] not in refused]
     done = len(tasks) - len(unfinished)
@@ -107,9 +113,7 @@ def _run(
             if outcome.kind == "failed":
                 row, seed = rows[task[0]], task[1]
                 log = place.of(row, seed) / "log.txt"
-                name = row[0] + f", seed {seed}" * (asked.seeds > 1)
-                why = outcome.why + f" ({log})" * log.exists()
-                failures[name] = Failure(row[0], "failed", why)
+                place.fail(row, seed, outcome.why + f" ({log})" * log.exists())
             display.ended(task, outcome)
 
         if wanted == 0:
