@@ -111,21 +111,25 @@ def forward(q, k, v, ways, *, state, projection, normalise: bool, chunk: int, in
 
     def body(at):
         begin(at, plan)
-        outs = []
-        for a in range(plan.packed):
-            vectors, v = Vectors(plan, at, a, False), lanes_of(plan, at.v[...], a)
-            q, k = (features(plan, at, name, a) for name in "qk")
-            weights = jnp.where(vectors.seen(), product(q, k, 1, 1) * vectors.within(), 0.0)
-            num = product(weights.astype(v.dtype), v, 1, 0)
-            num += vectors.col("start") * product(q, at.sums[a].astype(v.dtype), 1, 0)
+        heads = range(plan.packed)  # a stage of all, then the next: they fill each other's waits
+        vectors = [Vectors(plan, at, a, False) for a in heads]
+        v = [lanes_of(plan, at.v[...], a) for a in heads]
+        q, k = ([features(plan, at, name, a) for a in heads] for name in "qk")
+        weights = [product(q[a], k[a], 1, 1) for a in heads]
+        read = [product(q[a], at.sums[a].astype(v[a].dtype), 1, 0) for a in heads]
+        for a in heads:
+            weights[a] = jnp.where(vectors[a].seen(), weights[a] * vectors[a].within(), 0.0)
+        outs = [product(weights[a].astype(v[a].dtype), v[a], 1, 0) for a in heads]
+        for a in heads:
+            start = vectors[a].col("start")
+            outs[a] += start * read[a]
             if normalise:
-                read = jnp.sum(q.astype(f32) * at.norm[a], axis=1, keepdims=True)
-                den = jnp.sum(weights, axis=1, keepdims=True) + vectors.col("start") * read
+                den = jnp.sum(q[a].astype(f32) * at.norm[a], axis=1, keepdims=True)
+                den = jnp.sum(weights[a], axis=1, keepdims=True) + start * den
                 at.den[a] = jnp.transpose(den)
-                num *= inverse_of(den)
-            outs.append(num)
-            entering = times(vectors.col("end"), k)
-            absorb(at, a, vectors.keep(), entering, v, normalise)
+                outs[a] *= inverse_of(den)
+            entering = times(vectors[a].col("end"), k[a])
+            absorb(at, a, vectors[a].keep(), entering, v[a], normalise)
         at.out[...] = chosen(plan, outs).astype(at.out.dtype)
         finish(at, plan)
 

@@ -166,13 +166,10 @@ def inverse_of(den):
     return jnp.where(dead, 0.0, 1.0 / jnp.where(dead, 1.0, den))
 
 
-def _parts(weight):
-    return (weight.at[i] for i in range(weight.shape[0]))
-
-
 def logits_of(x, weight):
-    """<x, w_r> [C, R] and |x|^2 [C, 1]."""
-    logits = functools.reduce(jnp.add, (product(x, part[...], 1, 1) for part in _parts(weight)))
+    """<x, w_r> [C, R], of all parts of w in one product, and |x|^2 [C, 1]."""
+    parts = weight.shape[1] // x.shape[1]
+    logits = product(jnp.concatenate([x] * parts, axis=1), weight[...], 1, 1)
     return logits, jnp.sum(jnp.square(x.astype(f32)), axis=1, keepdims=True)
 
 
@@ -191,5 +188,6 @@ def through(plan: Plan, at, x, phi, dphi, dot):
     if plan.half is None:
         return dphi
     dlogits = (dphi * phi).astype(x.dtype)
-    dx = functools.reduce(jnp.add, (product(dlogits, x[...], 1, 0) for x in _parts(at.weight)))
+    dx = product(dlogits, at.weight[...], 1, 0)
+    dx = functools.reduce(jnp.add, jnp.split(dx, dx.shape[1] // x.shape[1], axis=1))
     return dx - 2 * plan.half * dot * x.astype(f32)

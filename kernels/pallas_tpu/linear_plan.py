@@ -219,15 +219,16 @@ def given_in(plan: Plan, projection: Projection | None, like, names: str) -> dic
 def weights_in(plan: Plan, weight, like) -> dict[str, Array]:
     """The projection beside itself for every head of a block; in two parts where x is bfloat16.
 
-    The parts' sum has 16 bits of mantissa: what a logit is off by, its feature is off by in parts.
+    The parts, one beside the other, sum up to 16 bits of mantissa: what a logit is off by, its
+    feature is off by in parts.
     """
     weight = jnp.tile(weight.astype(f32), (1, plan.shared))
     if like.dtype == f32:
-        parts = weight[None]
+        parts = weight
     else:
         high = jax.lax.reduce_precision(weight, exponent_bits=8, mantissa_bits=7)
-        parts = jnp.stack([high, weight - high]).astype(like.dtype)
-    return {"weight": Array(parts, parts.shape, lambda b, h, c: (0, 0, 0))}
+        parts = jnp.concatenate([high, weight - high], axis=1).astype(like.dtype)
+    return {"weight": Array(parts, parts.shape, lambda b, h, c: (0, 0))}
 
 
 def state_in(plan: Plan, state) -> dict[str, Array]:
