@@ -13,6 +13,7 @@ chip's module has, on arrays of [B, T, heads, channels]:
                                                        projection makes the features, else None
     chunk_length(length, *, rank, dim) -> tokens of a chunk (R features, Dv channels of a value)
     log_scale(x, weight, half, *, interpret) -> [B,H,S]    max_r <x, w_r> - half |x|^2
+    SHIFTS_QUERIES        whether they want that of q; all want that of k, which is in the exponents
     forward(q, k, v, ways, *, state, projection, normalise, chunk, interpret)
         -> out [B,T,H,Dv], den [B,H,T], (S [B,H,R,Dv], z [B,H,R])
     backward(q, k, v, ways, *, dout, inv_den, r, state, dstate, projection, normalise, chunk,

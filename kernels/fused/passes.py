@@ -22,12 +22,15 @@ LEAST = 1e-30
 
 
 class Projection(NamedTuple):
-    """FAVOR+'s features of x: exp(<x, w_r> - half |x|^2 - shift), at most about 1."""
+    """FAVOR+'s features of x: exp(<x, w_r> - half |x|^2 - shift), the largest of them 1.
+
+    A shift is `log_scale`; None where only the kernels want it, which find it themselves.
+    """
 
     weight: Float[Array, "R D"]
     half: float
-    shift_q: Float[Array, "B G T"]
-    shift_k: Float[Array, "B G T"]
+    shift_q: Float[Array, "B G T"] | None
+    shift_k: Float[Array, "B G T"] | None
 
 
 class How(NamedTuple):
@@ -187,8 +190,11 @@ def _projection(how: How, q, k, weight) -> Projection | None:
     if weight is None:
         return None
     assert how.half is not None
-    shifts = (how.module.log_scale(x, weight, how.half, interpret=how.interpret) for x in (q, k))
-    return Projection(weight, how.half, *shifts)
+
+    def shift(x):
+        return how.module.log_scale(x, weight, how.half, interpret=how.interpret)
+
+    return Projection(weight, how.half, shift(q) if how.module.SHIFTS_QUERIES else None, shift(k))
 
 
 def to_heads(x, heads: int):

@@ -63,8 +63,8 @@ def cut(count: int, qkv, ways: Ways | None, projection) -> Cut:
         cut_up = jax.tree.map(lambda x: numbers(count, x), ways._replace(segments=None))
         ways = cut_up._replace(segments=segments)
     if projection is not None:
-        q_shift, k_shift = (numbers(count, x) for x in projection[2:])
-        projection = projection._replace(shift_q=q_shift, shift_k=k_shift)
+        shifts = jax.tree.map(lambda x: numbers(count, x), projection[2:])
+        projection = projection._replace(shift_q=shifts[0], shift_k=shifts[1])
     return Cut(q, k, v, ways, projection)
 
 

@@ -21,6 +21,7 @@ from kernels.pallas_gpu.log_scale import half_square, log_scale
 from kernels.pallas_gpu.plan import CHUNK, Role
 from kernels.pallas_gpu.stream import stream
 
+SHIFTS_QUERIES = True
 DEPTHS = (64, 128)
 """Channels of a head that the kernels take; of one whose features they make, 32 too."""
 RANKS = (128, 256, 512)

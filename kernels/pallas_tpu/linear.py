@@ -40,7 +40,6 @@ from kernels.pallas_tpu.linear_plan import (
     beside,
     call,
     f32,
-    given_in,
     joined,
     lines,
     make_plan,
@@ -53,10 +52,11 @@ from kernels.pallas_tpu.linear_plan import (
     state_scratch,
     tokens,
     ways_in,
-    weights_in,
+    weight_in,
     wide,
 )
 
+SHIFTS_QUERIES = False
 CHUNKS = (1024, 512, 256, 128)
 LARGEST = 512
 """The most features or channels of a head, and of the heads of a block together twice as many."""
@@ -89,15 +89,18 @@ def chunk_length(length: int, *, rank: int, dim: int) -> int:
 
 def log_scale(x, weight, half: float, *, interpret=None):
     """max_r <x, w_r> - half |x|^2 [B,H,T] of x [B,T,H,D], with no array of T x R written out."""
-    plan = make_plan((x,), Projection(weight, half, x, x), chunk_length(x.shape[1], rank=1, dim=1))
+    projection = Projection(weight, half, None, None)
+    plan = make_plan((x,), projection, chunk_length(x.shape[1], rank=1, dim=1))
 
     def body(at):
         for a in range(plan.packed):
-            logits, square = logits_of(head_of(plan, at.x[...], a), at.weight)
-            at.top[a] = jnp.transpose(jnp.max(logits, axis=1, keepdims=True) - half * square)
+            x = head_of(plan, at.x[...], a)
+            top = jnp.max(logits_of(x, at.weight), axis=1, keepdims=True)
+            square = jnp.sum(jnp.square(x.astype(f32)), axis=1, keepdims=True)
+            at.top[a] = jnp.transpose(top - half * square)
 
     made = call(
-        body, plan, tokens(plan, x=x) | weights_in(plan, weight, x), {"top": rows_of(plan)},
+        body, plan, tokens(plan, x=x) | weight_in(plan, projection, x), {"top": rows_of(plan)},
         interpret=interpret,
     )  # fmt: skip
     return joined(made["top"])
@@ -133,7 +136,7 @@ def forward(q, k, v, ways, *, state, projection, normalise: bool, chunk: int, in
         at.out[...] = chosen(plan, outs).astype(at.out.dtype)
         finish(at, plan)
 
-    ins = tokens(plan, q=q, k=k, v=v) | ways_in(plan, ways) | given_in(plan, projection, q, "qk")
+    ins = tokens(plan, q=q, k=k, v=v) | ways_in(plan, ways) | weight_in(plan, projection, q)
     outs: dict[str, Any] = {"out": wide(plan, v.dtype, plan.dim)}
     if normalise:
         outs["den"] = rows_of(plan)
@@ -152,7 +155,7 @@ def backward(
     """See `kernels.fused.linear`; q_dq is None where q is not read: normalised, no projection."""
     plan = make_plan((q, k, v), projection, chunk, ways)
     given = ways_in(plan, ways, inv_den, r) if normalise else ways_in(plan, ways)
-    given |= given_in(plan, projection, q, "qk")
+    given |= weight_in(plan, projection, q)
     reads_q = projection is not None or not normalise
     arrays = {"q": q, "k": k, "v": v, "dout": dout}
     how = {"given": given, "normalise": normalise, "interpret": interpret}
@@ -262,7 +265,7 @@ def sums(k, v, *, end, fill=None, projection, chunk: int, interpret=None):
         finish(at, plan)
 
     ins = tokens(plan, k=k, v=v) | lines(plan, end=end, fill=fill)
-    ins |= given_in(plan, projection, k, "k")
+    ins |= weight_in(plan, projection, k)
     made = call(body, plan, ins, state_out(plan), scratch=state_scratch(plan), interpret=interpret)
     return state_of(plan, made)
 
@@ -284,7 +287,7 @@ def read(q, sums, norm, *, projection, normalise: bool, chunk: int, interpret=No
             outs.append(num)
         at.out[...] = chosen(plan, outs).astype(at.out.dtype)
 
-    ins = tokens(plan, q=q) | given_in(plan, projection, q, "q") | state_in(plan, (sums, norm))
+    ins = tokens(plan, q=q) | weight_in(plan, projection, q) | state_in(plan, (sums, norm))
     outs: dict[str, Any] = {"out": wide(plan, q.dtype, plan.dim)}
     if normalise:
         outs["den"] = rows_of(plan)
@@ -313,7 +316,7 @@ def read_backward(q, sums, norm, *, dout, inv_den, r, projection, chunk: int, in
         finish(at, plan)
 
     ins = tokens(plan, q=q, dout=dout) | lines(plan, inv_den=inv_den, r=r)
-    ins |= given_in(plan, projection, q, "q") | state_in(plan, (sums, norm))
+    ins |= weight_in(plan, projection, q) | state_in(plan, (sums, norm))
     outs = {"dq": wide(plan, q.dtype, q.shape[3])} | state_out(plan)
     made = call(body, plan, ins, outs, scratch=state_scratch(plan), interpret=interpret)
     return made["dq"].reshape(*q.shape[:2], plan.heads, -1), state_of(plan, made)
@@ -336,7 +339,7 @@ def sums_backward(k, v, dsums, dnorm, *, end, projection, chunk: int, interpret=
         at.dk[...] = gathered(plan, dk).astype(at.dk.dtype)
         at.dv[...] = added(plan, dv).astype(at.dv.dtype)
 
-    ins = tokens(plan, k=k, v=v) | lines(plan, end=end) | given_in(plan, projection, k, "k")
+    ins = tokens(plan, k=k, v=v) | lines(plan, end=end) | weight_in(plan, projection, k)
     outs = {
         "dk": wide(plan, k.dtype, k.shape[3]), "dv": wide(plan, v.dtype, plan.dim),
         "k_dk": rows_of(plan),

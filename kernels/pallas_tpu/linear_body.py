@@ -167,20 +167,18 @@ def inverse_of(den):
 
 
 def logits_of(x, weight):
-    """<x, w_r> [C, R], of all parts of w in one product, and |x|^2 [C, 1]."""
+    """<x, w_r> [C, R], of all parts of w in one product."""
     parts = weight.shape[1] // x.shape[1]
-    logits = product(jnp.concatenate([x] * parts, axis=1), weight[...], 1, 1)
-    return logits, jnp.sum(jnp.square(x.astype(f32)), axis=1, keepdims=True)
+    return product(jnp.concatenate([x] * parts, axis=1), weight[...], 1, 1)
 
 
 def features(plan: Plan, at, name: str, a: int):
-    """Head a's features of queries or keys, in their dtype."""
+    """Head a's features of queries or keys, in their dtype; a projection's over the largest."""
     x = head_of(plan, getattr(at, name)[...], a)
     if plan.half is None:
         return x
-    logits, square = logits_of(x, at.weight)
-    shift = jnp.transpose(getattr(at, f"shift_{name}")[a])
-    return jnp.exp(logits - plan.half * square - shift).astype(x.dtype)
+    logits = logits_of(x, at.weight)
+    return jnp.exp(logits - jnp.max(logits, axis=1, keepdims=True)).astype(x.dtype)
 
 
 def through(plan: Plan, at, x, phi, dphi, dot):

@@ -75,7 +75,7 @@ def packed_heads(heads: int, *channels: int) -> int:
 
 def sizes_of(rank: int, dim: int) -> Sizes:
     """Those for R features and Dv channels of a value."""
-    rule = Sizes() if max(rank, dim) <= LANES else Sizes(chunk=256)
+    rule = Sizes() if max(rank, dim) <= 2 * LANES else Sizes(chunk=256)
     return tuned.sizes(f"linear R{rank} D{dim}", rule)
 
 
@@ -204,25 +204,15 @@ def ways_in(plan: Plan, ways: Ways | None, inv_den=None, r=None) -> dict[str, Ar
     return {"vectors": _line(plan, _stacked(plan, made.values()))}
 
 
-def given_in(plan: Plan, projection: Projection | None, like, names: str) -> dict[str, Array]:
-    """The projection, and the shifts of what `names` says: q, k or both."""
+def weight_in(plan: Plan, projection: Projection | None, like) -> dict[str, Array]:
+    """The projection, if there is one, beside itself for every head of a block.
+
+    Where x is bfloat16 it is in two parts, one beside the other, whose sum has 16 bits of mantissa:
+    what a logit is off by, its feature is off by in parts.
+    """
     if projection is None:
         return {}
-    made = weights_in(plan, projection.weight, like)
-    for name in names:
-        shift = getattr(projection, f"shift_{name}")
-        shift = jnp.repeat(shift, plan.heads // shift.shape[1], axis=1)
-        made[f"shift_{name}"] = _line(plan, _stacked(plan, [shift]))
-    return made
-
-
-def weights_in(plan: Plan, weight, like) -> dict[str, Array]:
-    """The projection beside itself for every head of a block; in two parts where x is bfloat16.
-
-    The parts, one beside the other, sum up to 16 bits of mantissa: what a logit is off by, its
-    feature is off by in parts.
-    """
-    weight = jnp.tile(weight.astype(f32), (1, plan.shared))
+    weight = jnp.tile(projection.weight.astype(f32), (1, plan.shared))
     if like.dtype == f32:
         parts = weight
     else:
