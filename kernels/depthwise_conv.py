@@ -1,7 +1,5 @@
 """Convolution of every channel of a picture by itself."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -29,18 +27,23 @@ def depthwise_conv(
 
 
 def _sum(x, weights, stride: int):
-    side = len(weights)
-    around = (side // 2, side // 2)
-    height, width = ((n + 2 * (side // 2) - side) // stride + 1 for n in x.shape[1:3])
-    padded = jnp.pad(x, [(0, 0), around, around, (0, 0)]).astype(jnp.float32)
+    around = (len(weights) // 2, len(weights) // 2)
+    padded = jnp.pad(x, [(0, 0), around, around, (0, 0)])
+    return _shifted(padded, weights, stride).astype(x.dtype)
+
+
+def _shifted(padded, weights, stride: int):
+    """The sum of products wherever all taps are inside, float32."""
+    side, padded = len(weights), padded.astype(jnp.float32)
     weights = weights.astype(jnp.float32)
+    spans = [(n - side) // stride * stride + 1 for n in padded.shape[1:3]]
     out = jnp.zeros((), jnp.float32)
     for row in range(side):
         for column in range(side):
-            rows = slice(row, row + (height - 1) * stride + 1, stride)
-            columns = slice(column, column + (width - 1) * stride + 1, stride)
+            rows = slice(row, row + spans[0], stride)
+            columns = slice(column, column + spans[1], stride)
             out = out + padded[:, rows, columns] * weights[row, column, 0][None, None, None]
-    return out.astype(x.dtype)
+    return out
 
 
 def _forward(x, weights, stride: int):
@@ -49,16 +52,34 @@ def _forward(x, weights, stride: int):
 
 def _backward(stride: int, residuals, gradient):
     """Image by image: in one piece XLA would fuse whatever makes the gradient into every shift of
-    the sum, and compute it K^2 times."""
+    the sum, and compute it K^2 times. And tap by tap: it would write out every shifted product.
+
+    x's is such a sum of the gradient, with zeros where the stride left places out, and the taps
+    turned round.
+    """
     x, weights = residuals
-    exact = weights.astype(jnp.float32)
+    side, before = len(weights), len(weights) // 2
+    turned = weights[::-1, ::-1]
 
     def image(total, at):
-        x, gradient = (part[None] for part in at)
-        of_x, of_weights = jax.vjp(partial(_sum, stride=stride), x, exact)[1](gradient)
-        return total + of_weights, of_x[0]
+        x, grad = (part[None] for part in at)
+        grad = grad.astype(jnp.float32)
+        spans = [(n - 1) * stride + 1 for n in grad.shape[1:3]]
+        after = [n + before - span for n, span in zip(x.shape[1:3], spans, strict=True)]
+        apart = [(side - 1 - before, behind, stride - 1) for behind in after]
+        spread = jax.lax.pad(grad, jnp.float32(0), [(0, 0, 0), *apart, (0, 0, 0)])
+        padded = jnp.pad(x, [(0, 0), (before, before), (before, before), (0, 0)])
 
-    of_weights, of_x = jax.lax.scan(image, jnp.zeros_like(exact), (x, gradient))
+        def tap(at):
+            start = (0, at // side, at % side, 0)
+            seen = jax.lax.dynamic_slice(padded, start, (1, *spans, grad.shape[3]))
+            return jnp.sum(seen[:, ::stride, ::stride] * grad, axis=(0, 1, 2))
+
+        taps = jax.lax.map(tap, jnp.arange(side * side)).reshape(weights.shape)
+        return total + taps, _shifted(spread, turned, 1)[0].astype(x.dtype)
+
+    zeros = jnp.zeros_like(weights, jnp.float32)
+    of_weights, of_x = jax.lax.scan(image, zeros, (x, gradient))
     return of_x, of_weights.astype(weights.dtype)
 
 
