@@ -178,7 +178,8 @@ def draw(rows: Sequence[Growth], picture: Path) -> None:
         axes.set_xticks(LENGTHS, [f"{t:,}" for t in LENGTHS], minor=False)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    how = {"loc": "outside right center", "fontsize": 8, "handlelength": 3}
+    figure.legend(*left.get_legend_handles_labels(), **how)
     figure.suptitle(f"One layer, width {WIDTH}, {HEADS} heads, batch 1, float32")
     figure.savefig(picture)
 
