@@ -119,7 +119,7 @@ class Slow:
 
 def test_the_wait_for_batches_is_what_steps_wait(tmp_path, monkeypatch):
     """Of batches that take longer than a step, and of those that are made while steps run."""
-    config = experiment(attention="softmax", log_every=4, eval_every=100)
+    config = experiment(attention="softmax", log_every=6, eval_every=100)
     dataset = data.load(config.data)
     program = build(config, dataset, devices=1)
 
@@ -129,13 +129,13 @@ def test_the_wait_for_batches_is_what_steps_wait(tmp_path, monkeypatch):
 
     slow = dataclasses.replace(program, step=step)
     monkeypatch.setattr(loops, "build", lambda *_, **__: slow)
-    for takes, least, most in ((0.2, 0.5, 1.0), (0.005, 0.0, 0.02)):
+    for takes, least, most in ((0.2, 0.5, 1.0), (0.02, 0.0, 0.05)):
         splits = {**dataset.splits, "train": Slow(dataset.splits["train"], takes)}
         path = tmp_path / str(takes)
         run(config, path, dataset=data.Dataset(dataset.info, splits))
         lines = read_lines(path / "metrics.jsonl")
-        waits = [line["input_wait"] for line in lines if "input_wait" in line]
-        assert len(waits) == 3 and least <= min(waits) and max(waits) <= most
+        first, last = (line["input_wait"] for line in lines if "input_wait" in line)
+        assert first <= most and least <= last <= most  # some stood ready for the first steps
 
 
 def test_nothing_is_compiled_after_the_first_step_evaluation_and_diagnosis(tmp_path, monkeypatch):
