@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels.target import target
+from kernels.varying import alike
 
 
 def depthwise_conv(
@@ -23,7 +24,8 @@ def depthwise_conv(
     if target().chip != "cpu":
         return _xla(x, weights, stride)
     multiple = weights.shape[-1] // x.shape[-1]
-    return _taps(jnp.repeat(x, multiple, axis=-1) if multiple > 1 else x, weights, stride)
+    x = jnp.repeat(x, multiple, axis=-1) if multiple > 1 else x
+    return _taps(*alike([x, weights]), stride)
 
 
 def _sum(x, weights, stride: int):

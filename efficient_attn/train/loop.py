@@ -97,7 +97,7 @@ class Loop:
         self.best: dict[str, Any] | None = None
         self.validation: dict[str, float] | None = None
         self.warned = False
-        self._newest: jax.Array | None = None
+        self._newest: Any = None  # of the steps asked for, an array that it makes
         self.tracer = Tracer(traced(experiment), workdir.profile)
         self._began = time.perf_counter()
         notes = self._restore_or_init()

@@ -24,13 +24,13 @@ LEAST = 1e-30
 class Projection(NamedTuple):
     """FAVOR+'s features of x: exp(<x, w_r> - half |x|^2 - shift), the largest of them 1.
 
-    A shift is `log_scale`; None where only the kernels want it, which find it themselves.
+    A shift is `log_scale`; None where the kernels find it themselves.
     """
 
     weight: Float[Array, "R D"]
     half: float
     shift_q: Float[Array, "B G T"] | None
-    shift_k: Float[Array, "B G T"] | None
+    shift_k: Float[Array, "B G T"]
 
 
 class How(NamedTuple):

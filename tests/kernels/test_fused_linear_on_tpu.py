@@ -89,7 +89,8 @@ def test_a_projection_between_bfloat16_numbers_is_not_rounded_to_them():
     weight, half = rounded * (1 + 0.95 * 2.0**-9), 0.5 * 32**-0.5
     given = arrays(k=(1, 128, 1, 32), v=(1, 128, 1, 32))
     k, v = (jnp.asarray(x, jnp.bfloat16) for x in given.values())
-    projection = Projection(jnp.asarray(weight, jnp.float32), half, None, None)
+    none = jnp.zeros((1, 1, 128))
+    projection = Projection(jnp.asarray(weight, jnp.float32), half, None, none)
     how = {"end": None, "projection": projection, "chunk": 128, "interpret": True}
     total = kernels_on_tpu.sums(k, v, **how)[1]
     zeros, ones = jnp.zeros((1, 1, 64, 32)), jnp.ones((1, 1, 64))
