@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from efficient_attn.tools.ablate import pool
+from efficient_attn.tools.ablate.worker import Outcome
 from efficient_attn.train.workdir import read_lines
 from tests.conftest import ROOT
 from tests.tools.sweeps import TRAINED, calls, records, run, write
@@ -82,6 +84,15 @@ def _command(pid):
             return file.read()
     except OSError:
         return ""
+
+
+def test_a_stop_is_told_though_another_command_failed(tmp_path, monkeypatch):
+    file = write(tmp_path, more=FAULTS)
+    _, said = run(file, only="user")
+    assert "failed: user" in said and "stopped" not in said
+    monkeypatch.setattr(pool, "perform", lambda *_: Outcome("stopped"))
+    complete, said = run(file, only="[abc]")
+    assert not complete and "stopped: 3 of 3 runs are left; run it again" in said
 
 
 @pytest.mark.slow

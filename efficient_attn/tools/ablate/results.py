@@ -38,8 +38,8 @@ class Record:
 class Place:
     """The files of a sweep below `path`:
 
-    rows/LABEL-HASH/seed-N/   row.json or, as long as it failed, failure.json; log.txt; and of a
-                              training all that a run has
+    rows/LABEL-HASH/seed-N/   row.json, log.txt, and of a training all that a run has; failure.json
+                              where it failed, of no account once there is a row.json
     results.jsonl             the records of all finished rows, one a line
     table.md, figure.png, figure.svg
     """
@@ -75,30 +75,30 @@ class Place:
 
     def finish(self, row: Row, record: Record) -> None:
         """Keep a record, whole or not at all."""
-        path = self.of(row, record.seed)
-        write_json(path / "row.json", asdict(record))
-        (path / FAILURE).unlink(missing_ok=True)
+        write_json(self.of(row, record.seed) / "row.json", asdict(record))
 
     def fail(self, row: Row, seed: int, why: str) -> None:
         """Keep why a row has no record, for later commands to tell."""
         write_json(self.of(row, seed) / FAILURE, {"why": why})
 
     def failures(self) -> dict[tuple[str, int], str]:
-        """Why rows failed the last time, by label and seed."""
-        found = {}
-        for row in self.sweep.rows:
-            for file in sorted(self.of(row, 0).parent.glob(f"seed-*/{FAILURE}")):
-                seed = int(file.parent.name.removeprefix("seed-"))
-                found[row[0], seed] = read_json(file)["why"]
-        return found
+        """Why rows without a record failed the last time, by label and seed."""
+        return {
+            (row[0], seed): read_json(file)["why"]
+            for row in self.sweep.rows
+            for seed in self._seeds(FAILURE)
+            if (file := self.of(row, seed) / FAILURE).exists() and self.record(row, seed) is None
+        }
+
+    def _seeds(self, name: str) -> list[int]:
+        """Those of which any row has a file of that name."""
+        found = self.path.glob(f"rows/*/seed-*/{name}")
+        return sorted({int(file.parent.name.removeprefix("seed-")) for file in found})
 
     def gather(self) -> list[Record]:
         """All records of the sweep's rows, which are written to results.jsonl as well."""
-        seeds = {
-            int(path.parent.name.removeprefix("seed-"))
-            for path in self.path.glob("rows/*/seed-*/row.json")
-        }
-        found = [self.record(row, seed) for row in self.sweep.rows for seed in sorted(seeds)]
+        seeds = self._seeds("row.json")
+        found = [self.record(row, seed) for row in self.sweep.rows for seed in seeds]
         records = [record for record in found if record is not None]
         partial = self.results.with_suffix(".partial")
         partial.write_text("".join(json.dumps(asdict(record)) + "\n" for record in records))

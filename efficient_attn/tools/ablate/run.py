@@ -56,14 +56,17 @@ def ablate(asked: Asked, console: Console | None = None) -> bool:
         _check(place, asked)
         write_json(place.path / "sweep.json", _about(asked, sweep))
         _run(asked, place, tasks, set(refused), console)
-        failures = _failures(place, refused)
+        failed = place.failures()
+        failures = _failures(refused, failed)
         results = Results(sweep.rows, place.gather())
         verdicts = table.judge(sweep, results, asked.scale)
         _write(asked, place, results, verdicts, failures)
         _conclude(place, results, verdicts, failures, console)
         unfinished = _unfinished(place, tasks)
-        if unfinished and not failures:
-            console.print(f"stopped: {len(unfinished)} of {len(tasks)} runs are left; run it again")
+        runs = [(sweep.rows[i][0], seed) for i, seed in unfinished]
+        left = [run for run in runs if run[0] not in refused and run not in failed]
+        if left:
+            console.print(f"stopped: {len(left)} of {len(tasks)} runs are left; run it again")
     return not unfinished
 
 
@@ -84,10 +87,11 @@ def _unfinished(place: Place, tasks: Sequence[Task]) -> list[Task]:
     return [(i, seed) for i, seed in tasks if place.record(place.sweep.rows[i], seed) is None]
 
 
-def _failures(place: Place, refused: Mapping[str, str]) -> dict[str, Failure]:
+def _failures(
+    refused: Mapping[str, str], failed: Mapping[tuple[str, int], str]
+) -> dict[str, Failure]:
     """By the runs' names, those of other commands too."""
     failures = {label: Failure(label, "refused", why) for label, why in refused.items()}
-    failed = place.failures()
     several = any(seed > 0 for _, seed in failed)
     for (label, seed), why in failed.items():
         failures[label + f", seed {seed}" * several] = Failure(label, "failed", why)
