@@ -29,9 +29,12 @@ def depthwise_conv(
 
 
 def _sum(x, weights, stride: int):
-    around = (len(weights) // 2, len(weights) // 2)
-    padded = jnp.pad(x, [(0, 0), around, around, (0, 0)])
-    return _shifted(padded, weights, stride).astype(x.dtype)
+    return _shifted(_padded(x, len(weights)), weights, stride).astype(x.dtype)
+
+
+def _padded(x, side: int):
+    around = (side // 2, side // 2)
+    return jnp.pad(x, [(0, 0), around, around, (0, 0)])
 
 
 def _shifted(padded, weights, stride: int):
@@ -70,7 +73,7 @@ def _backward(stride: int, residuals, gradient):
         after = [n + before - span for n, span in zip(x.shape[1:3], spans, strict=True)]
         apart = [(side - 1 - before, behind, stride - 1) for behind in after]
         spread = jax.lax.pad(grad, jnp.float32(0), [(0, 0, 0), *apart, (0, 0, 0)])
-        padded = jnp.pad(x, [(0, 0), (before, before), (before, before), (0, 0)])
+        padded = _padded(x, side)
 
         def tap(at):
             start = (0, at // side, at % side, 0)

@@ -187,20 +187,17 @@ def _jax_step(call, arrays) -> Step:
     return lambda: jax.block_until_ready(step(q, k, v, cotangent))
 
 
-def _torch_step(call, arrays, heads_last: bool, *, contiguous: bool = False) -> Step:
-    """contiguous: of [B,H,T,D], whatever that would have cost."""
+def _torch_step(call, arrays, *, turned: bool) -> Step:
+    """turned: `call` is given the arrays, and gives its result, with the axes 1 and 2 exchanged."""
     torch = package("torch")
     *leaves, cotangent = [torch.from_numpy(x) for x in arrays]
-
-    def turn(x):
-        return x if heads_last else x.transpose(1, 2)
-
-    if contiguous:
-        *leaves, cotangent = [turn(x).contiguous() for x in (*leaves, cotangent)]
     leaves = [x.requires_grad_() for x in leaves]
 
+    def turn(x):
+        return x.transpose(1, 2) if turned else x
+
     def step():
-        out = call(*leaves) if contiguous else turn(call(*map(turn, leaves)))
+        out = turn(call(*map(turn, leaves)))
         return out, *torch.autograd.grad(out, leaves, cotangent)
 
     return step
@@ -218,6 +215,7 @@ def compare(length: int) -> list[dict[str, Any]]:
     contiguous_ms: the peer's on contiguous [B,H,T,D], where it wants that.
     """
     arrays, rows = _draw(length), []
+    heads_first = [np.ascontiguousarray(x.swapaxes(1, 2)) for x in arrays]
     ours = {name: _jax_step(call, arrays) for name, call in OURS.items()}
     results = {name: step() for name, step in ours.items()}
     steps: dict[str, Step] = dict(ours)
@@ -229,7 +227,7 @@ def compare(length: int) -> list[dict[str, Any]]:
                     f"takes too much memory or time above {peer.longest} tokens"
                 )
             call = peer.make(length)
-            step = _torch_step(call, arrays, peer.heads_last)
+            step = _torch_step(call, arrays, turned=not peer.heads_last)
             result = step()
             if peer.same:
                 row["off"] = _off(results[peer.ours], result)
@@ -237,7 +235,7 @@ def compare(length: int) -> list[dict[str, Any]]:
                     raise NotImplementedError(f"ours and theirs differ by {row['off']:.1e}")
             steps[name] = step
             if not peer.heads_last:
-                steps[f"{name}, contiguous"] = _torch_step(call, arrays, False, contiguous=True)
+                steps[f"{name}, contiguous"] = _torch_step(call, heads_first, turned=False)
         except Exception as error:  # a peer that fails must not end the others
             row["skipped"] = f"{type(error).__name__}: {error}".split("\n")[0][:200]
         rows.append(row)
