@@ -15,7 +15,9 @@ from kernels.linear_attention import (
     causal_linear_attention,
     linear_attention,
     linear_attention_init,
+    linear_attention_read,
     linear_attention_step,
+    linear_attention_sum,
 )
 from kernels.linformer_attention import linformer_attention
 from kernels.local_conv import last_inputs, local_conv, local_conv_step
@@ -42,7 +44,9 @@ __all__ = [
     "last_inputs",
     "linear_attention",
     "linear_attention_init",
+    "linear_attention_read",
     "linear_attention_step",
+    "linear_attention_sum",
     "linformer_attention",
     "local_conv",
     "local_conv_step",

@@ -152,6 +152,42 @@ def linear_attention_step(
     return out, LinearState(sums, normaliser, new)
 
 
+def linear_attention_sum(
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G Dv"],
+    *,
+    heads: int,
+    features: FeatureMap | None = None,
+    log_scale: Float[Array, "B S G"] | None = None,
+    mask: Mask | None = None,
+    chunk: int = 128,
+) -> LinearState:
+    """All that queries of H = `heads` heads can read of those keys, for `linear_attention_read`.
+
+    Where queries come one after the other, each then takes R Dv multiply-adds a head, whatever S.
+
+    Raises:
+        ValueError: the mask is causal, has segments or another length, or G does not divide H.
+    """
+    mask = mask or Mask()
+    mask.check(1, k.shape[1])
+    if heads % k.shape[2]:
+        raise ValueError(f"{k.shape[2]} key-value heads do not divide {heads} heads")
+    features, tokens = grouped(features or given, heads), tokens_of(k, v, log_scale, mask)
+    return _summed(empty(k, tokens, features), tokens, features, 4 * chunk)
+
+
+def linear_attention_read(
+    q: Float[Array, "B T H D"],
+    state: LinearState,
+    *,
+    features: FeatureMap | None = None,
+    chunk: int = 128,
+) -> Float[Array, "B T H Dv"]:
+    """Each query's linear attention to all keys of the state, which stays as it is; q's dtype."""
+    return _read_out(q, state, features or given, 4 * chunk).astype(q.dtype)
+
+
 _SLABS = Path(tiled_linear, refuse_tiled, worth_slabs)
 _CAUSAL_SLABS = Path(tiled_causal, refuse_causal, worth_causal)
 
@@ -191,23 +227,33 @@ def _flip(x):
 
 
 def _two_sided(q, tokens: Tokens, features: FeatureMap, chunk: int):
-    """Every query reads all keys: sum these up, then read.
+    """Every query reads all keys: sum these up, then read."""
+    state = empty(q, tokens, features)
+    return _read_out(q, _summed(state, tokens, features, chunk), features, chunk)
 
-    By chunks where there are more features than channels, else all at once.
-    """
+
+def _summed(state: LinearState, tokens: Tokens, features: FeatureMap, chunk: int) -> LinearState:
+    """The state with all tokens in it."""
 
     def take(state, tokens, reach):
         return absorb(state, *keys_of(tokens, features), reach), ()
 
+    return scan_chunks(take, state, tokens, None, chunk=_part(tokens.k, state, chunk))[1]
+
+
+def _read_out(q, state: LinearState, features: FeatureMap, chunk: int):
+    """What every query reads of the state, float32."""
+
     def give(_, tokens, reach):
         return (), tuple(map(turned, read(turned(features(*tokens)[0]), state)))
 
-    state = empty(q, tokens, features)
-    many = state.sums.shape[2] > q.shape[3]
-    each = lambda x: even(x.shape[1], chunk) if many else x.shape[1]  # noqa: E731
-    _, state = scan_chunks(take, state, tokens, None, chunk=each(tokens.k))
-    sums, _ = scan_chunks(give, (), (q, positions(q)), None, chunk=each(q))
+    sums, _ = scan_chunks(give, (), (q, positions(q)), None, chunk=_part(q, state, chunk))
     return divide(*sums)
+
+
+def _part(x, state: LinearState, chunk: int) -> int:
+    """Tokens of x at once: all, unless they have more features than channels."""
+    return even(x.shape[1], chunk) if state.sums.shape[2] > x.shape[3] else x.shape[1]
 
 
 def _scan(

@@ -72,7 +72,7 @@ def grouped(features: FeatureMap, heads: int) -> FeatureMap:
     return repeated
 
 
-def keys_of(tokens: Tokens, features: FeatureMap):
+def keys_of(tokens: Tokens, features: FeatureMap) -> tuple[Array, Array, Array | None]:
     """float32 and heads first: features [B,H,C,R], values [B,H,C,Dv], log scales [B,H or 1,C].
 
     No log scales, None, where neither `tokens` nor `features` have any.

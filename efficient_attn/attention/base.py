@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from efficient_attn.attention.steps import scan_steps
 from efficient_attn.config import require
 from efficient_attn.layers.positions import alibi_slopes
 from kernels import Mask
@@ -186,6 +187,27 @@ class Core(Mechanism):
         """
         return scan_steps(self.step, (q, k, v), state, keys=keys)
 
+    def init_cross(
+        self,
+        k: Float[Array, "B S G D"],
+        v: Float[Array, "B S G D"],
+        *,
+        mask: Mask,
+        shared: Mapping[str, nnx.Module],
+    ) -> Any:
+        """What `cross` needs of a context that many queries will look at in turn.
+
+        By default all of it; a core that can do with less overrides both. Every leaf has B rows.
+        """
+        return k, v, mask
+
+    def cross(
+        self, q: Float[Array, "B T H D"], memory: Any, *, shared: Mapping[str, nnx.Module]
+    ) -> Float[Array, "B T H D"]:
+        """The core called with the keys, values and mask that `init_cross` made `memory` of."""
+        k, v, mask = memory
+        return self(q, k, v, mask=mask, shared=shared)
+
 
 def kv_heads(config: Any, site: Site) -> int:
     """G of a core's options, or as many as query heads where they have none."""
@@ -239,19 +261,16 @@ class Mixer(Mechanism):
         """
         return scan_steps(self.step, (x,), state, keys=keys)
 
-    def init_cross(self, context: Float[Array, "B S E"]) -> Any:
-        """What cross-attention keeps of a context that many queries will look at in turn."""
+    def init_cross(
+        self, context: Float[Array, "B S E"], *, mask: Mask, shared: Mapping[str, nnx.Module]
+    ) -> Any:
+        """What `cross` needs of a context that many queries will look at in turn; B rows a leaf."""
         raise NotImplementedError
 
     def cross(
-        self,
-        x: Float[Array, "B T E"],
-        memory: Any,
-        *,
-        mask: Mask,
-        shared: Mapping[str, nnx.Module],
+        self, x: Float[Array, "B T E"], memory: Any, *, shared: Mapping[str, nnx.Module]
     ) -> Float[Array, "B T E"]:
-        """The mixer called with the context that `init_cross` made `memory` of."""
+        """The mixer called with the context and the mask that `init_cross` made `memory` of."""
         raise NotImplementedError
 
 
@@ -312,29 +331,3 @@ def nearly_square(length: int) -> tuple[int, int]:
     """(rows, columns) of a picture of `length` places, as near to a square as there is one."""
     rows = max(n for n in range(1, math.isqrt(length) + 1) if length % n == 0)
     return rows, length // rows
-
-
-def scan_steps(step: Any, tokens: tuple[Array, ...], state: Any, *, keys: Bool[Array, "B T"]):
-    """`step` over the tokens ([B, T, ...] each) that `keys` shows, which begin each row.
-
-    Returns the outputs [B, T, ...], 0 where there was no token, and the last state.
-    """
-
-    def one(carry, given):
-        *token, here, position = given
-        out, after = step(
-            *(part[:, None] for part in token),
-            carry,
-            position=jnp.broadcast_to(position, here.shape),
-        )
-        keep = lambda new, old: jnp.where(_beside(here, new), new, old)  # noqa: E731
-        return jax.tree.map(keep, after, carry), jnp.where(_beside(here, out[:, 0]), out[:, 0], 0)
-
-    given = (*tokens, keys)
-    columns = [jnp.swapaxes(part, 0, 1) for part in given]
-    state, outs = jax.lax.scan(one, state, (*columns, jnp.arange(keys.shape[1])))
-    return jnp.swapaxes(outs, 0, 1), state
-
-
-def _beside(here: Bool[Array, " B"], array: Array) -> Array:
-    return here.reshape(here.shape + (1,) * (array.ndim - 1))

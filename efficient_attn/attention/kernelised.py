@@ -12,7 +12,9 @@ from kernels import (
     causal_linear_attention,
     linear_attention,
     linear_attention_init,
+    linear_attention_read,
     linear_attention_step,
+    linear_attention_sum,
 )
 from kernels.linear_attention import even
 
@@ -77,3 +79,13 @@ class Kernelised(Core):
             features=self.features, mask=Mask(causal=True, keys=keys), chunk=CHUNK,
             backend=self.site.backend,
         )  # fmt: skip
+
+    def init_cross(self, k, v, *, mask, shared):
+        """Sums over the context; see `kernels.linear_attention_sum`."""
+        return linear_attention_sum(
+            k, v, heads=self.site.heads, features=self.features, mask=mask, chunk=CHUNK
+        )
+
+    def cross(self, q, memory, *, shared):
+        """See `kernels.linear_attention_read`."""
+        return linear_attention_read(q, memory, features=self.features, chunk=CHUNK)

@@ -74,6 +74,10 @@ class Linformer(Core):
 
     def __call__(self, q, k, v, *, mask, shared):
         """Raises ValueError where the keys are longer than the site's sequence."""
+        return self.cross(q, self.init_cross(k, v, mask=mask, shared=shared), shared=shared)
+
+    def init_cross(self, k, v, *, mask, shared):
+        """The projected keys and values [B,R,H,D], and which of them hold anything [B,R]."""
         if k.shape[1] > self.site.seq:
             raise ValueError(f"{k.shape[1]} keys, but linformer was built for {self.site.seq}")
         valid = jnp.ones(k.shape[:2], bool) if mask.keys is None else mask.keys
@@ -85,7 +89,11 @@ class Linformer(Core):
                 self._project(jnp.where(valid[..., None, None], x, 0), w)
                 for x, w in ((k, e), (v, f))
             )
-        alive = self._alive(valid)
+        return k, v, self._alive(valid)
+
+    def cross(self, q, memory, *, shared):
+        """See `kernels.linformer_attention`."""
+        k, v, alive = memory
         return linformer_attention(q, k, v, alive=alive, backend=self.site.backend)
 
     @property

@@ -43,32 +43,36 @@ class MultiHead(Mixer):
         """Attend from x to the context, or to x itself."""
         if "cross" not in self.allowed:
             refuse_context(type(self.core).__name__, context)
-        if context is not None:
-            return self.cross(x, self.init_cross(context), mask=mask, shared=shared)
-        q, k, v = self.project(x, positions)
+        if context is None:
+            q, k, v = self.project(x, positions)
+        else:
+            q, (k, v) = self._heads(self.query(x)), self._keys_and_values(context)
         return self.attend(q, k, v, mask, shared)
 
     def project(self, x, positions=None):
         """Queries [B,T,H,D], keys and values [B,T,G,D] of self-attention."""
-        q, (k, v) = self._heads(self.query(x)), self.init_cross(x)
+        q, (k, v) = self._heads(self.query(x)), self._keys_and_values(x)
         if self.core.site.positions == "rotary":
             positions = jnp.arange(x.shape[1])[None] if positions is None else positions
             q, k = rotate(q, positions), rotate(k, positions)
         return q, k, v
 
-    def init_cross(self, context):
-        """Keys and values [B,S,G,D] of the context."""
-        return self._heads(self.key(context)), self._heads(self.value(context))
+    def init_cross(self, context, *, mask, shared):
+        """What the core keeps of the context's keys and values."""
+        refuse_mask(type(self.core).__name__, mask, self.allowed)
+        return self.core.init_cross(*self._keys_and_values(context), mask=mask, shared=shared)
 
-    def cross(self, x, memory, *, mask, shared):
-        """Attend from x to those keys and values."""
-        keys, values = memory
-        return self.attend(self._heads(self.query(x)), keys, values, mask, shared)
+    def cross(self, x, memory, *, shared):
+        """Attend from x to what the core kept."""
+        return self.out(_join(self.core.cross(self._heads(self.query(x)), memory, shared=shared)))
 
     def attend(self, q, k, v, mask, shared):
         """What `project` gave through the core and the last projection: [B,T,E]."""
         refuse_mask(type(self.core).__name__, mask, self.allowed)
         return self.out(_join(self.core(q, k, v, mask=mask, shared=shared)))
+
+    def _keys_and_values(self, x):
+        return self._heads(self.key(x)), self._heads(self.value(x))
 
     def _heads(self, x):
         return rearrange(x, "b t (h d) -> b t h d", d=self.core.site.head_dim)

@@ -38,20 +38,20 @@ class Separable(Mixer):
     def __call__(self, x, context=None, *, mask, positions=None, rngs=None, shared):
         """Attend from x to the context, or to x itself."""
         if context is not None:
-            return self.cross(x, self.init_cross(context), mask=mask, shared=shared)
+            return self.cross(x, self.init_cross(context, mask=mask, shared=shared), shared=shared)
         refuse_mask("separable", mask, self.supports)
         score, key, value = jnp.split(self.project(x), (1, 1 + self.site.width), axis=-1)
-        return self._attend((score, key), value, mask)
+        return self._look(value, self._context(score, key, mask))
 
-    def init_cross(self, context):
-        """Scores [B,S,1] and keys [B,S,E] of the context."""
-        made = self._columns(context, slice(0, 1 + self.site.width))
-        return made[..., :1], made[..., 1:]
-
-    def cross(self, x, memory, *, mask, shared):
-        """Attend from x to those scores and keys."""
+    def init_cross(self, context, *, mask, shared):
+        """The context vector [B,E], float32."""
         refuse_mask("separable", mask, self.supports)
-        return self._attend(memory, self._columns(x, slice(1 + self.site.width, None)), mask)
+        made = self._columns(context, slice(0, 1 + self.site.width))
+        return self._context(made[..., :1], made[..., 1:], mask)
+
+    def cross(self, x, memory, *, shared):
+        """Look from x at that vector."""
+        return self._look(self._columns(x, slice(1 + self.site.width, None)), memory)
 
     def _columns(self, x, which: slice):
         """Those columns of the projection of x."""
@@ -59,13 +59,15 @@ class Separable(Mixer):
         y = x.astype(dtype) @ layer.kernel[...][:, which].astype(dtype)
         return y if layer.bias is None else y + layer.bias[...][which].astype(dtype)[None, None]
 
-    def _attend(self, memory, value, mask):
-        paths = {"xla": Path(_xla)}
-        return self.out(run("separable", self.site.backend, paths, (*memory, value, mask), {}))
+    def _context(self, score, key, mask):
+        return run("separable", self.site.backend, {"xla": Path(_xla)}, (score, key, mask), {})
+
+    def _look(self, value, context):
+        return self.out((jax.nn.relu(value) * context[:, None]).astype(value.dtype))
 
 
-def _xla(score, key, value, mask):
-    """Scores and the context vector in float32."""
+def _xla(score, key, mask):
+    """The context vector [B,E] in float32."""
     score = score[..., 0].astype(jnp.float32)
     if mask.keys is not None:
         score = jnp.where(mask.keys, score, -jnp.inf)
@@ -75,5 +77,4 @@ def _xla(score, key, value, mask):
     if mask.keys is not None:
         share = jnp.where(mask.keys, share, 0.0)
         key = jnp.where(mask.keys[..., None], key, 0)
-    whole = jnp.einsum("bs,bse->be", share, key.astype(jnp.float32))
-    return (jax.nn.relu(value) * whole[:, None]).astype(value.dtype)
+    return jnp.einsum("bs,bse->be", share, key.astype(jnp.float32))

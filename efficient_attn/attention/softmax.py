@@ -1,5 +1,6 @@
 """Exact scaled dot-product attention."""
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,6 +11,8 @@ from jaxtyping import Array, Float
 from efficient_attn.attention.base import Core, Cost, kv_heads
 from efficient_attn.config import positive_or_none, require
 from kernels import Mask, softmax_attention
+
+SHORTEST = 128
 
 
 class KeyValueCache(NamedTuple):
@@ -63,21 +66,27 @@ class Softmax(Core):
         return KeyValueCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     def step(self, q, k, v, state, *, position):
-        """Write this token's key and value at `position`, attend to all up to it."""
+        """Write this token's key and value at `position`, attend to all up to it.
+
+        What is read is the shortest beginning of the cache, of `SHORTEST` rows, twice or four times
+        as many and so on, that holds every example's tokens.
+        """
         rows = jnp.arange(len(position))
         keys = state.keys.at[rows, position].set(k[:, 0].astype(state.keys.dtype))
         values = state.values.at[rows, position].set(v[:, 0].astype(state.values.dtype))
-        past = jnp.arange(keys.shape[1])[None] <= position[:, None]
-        out = softmax_attention(
-            q,
-            keys,
-            values,
-            mask=Mask(keys=past),
-            positions=position[:, None],
-            backend="xla",
-            **self._how,
-        )
+        counts = _beginnings(keys.shape[1])
+        which = jnp.searchsorted(jnp.asarray(counts), jnp.max(position), side="right")
+        reads = [functools.partial(self._read, count) for count in counts]
+        out = jax.lax.switch(which, reads, q, keys, values, position)
         return out, KeyValueCache(keys, values)
+
+    def _read(self, count, q, keys, values, position):
+        """q [B,1,H,D] attends to the first `count` rows, up to its position [B]."""
+        past = jnp.arange(count)[None] <= position[:, None]
+        return softmax_attention(
+            q, keys[:, :count], values[:, :count],
+            mask=Mask(keys=past), positions=position[:, None], backend="xla", **self._how,
+        )  # fmt: skip
 
     def prefill(self, q, k, v, state, *, keys):
         """All tokens at once; what lies behind a row's last one is overwritten by its steps."""
@@ -92,3 +101,12 @@ class Softmax(Core):
     @property
     def _how(self):
         return {"logit_cap": self.config.logit_cap, "slopes": self.slopes()}
+
+
+def _beginnings(length: int) -> list[int]:
+    """`SHORTEST` and its doubles below `length`, and that."""
+    count, counts = SHORTEST, []
+    while count < length:
+        counts.append(count)
+        count *= 2
+    return [*counts, length]

@@ -84,8 +84,7 @@ class SpatialReduction(Mixer):
         """Self-attention only; a context is refused."""
         refuse_context("spatial_reduction", context)
         refuse_mask("spatial_reduction", mask, self.supports)
-        memory = self.attention.init_cross(self._reduced(x))
-        return self.attention.cross(x, memory, mask=Mask(), shared=shared)
+        return self.attention(x, self._reduced(x), mask=Mask(), shared=shared)
 
     def _reduced(self, x):
         """[B,T,E] -> [B,S,E]."""

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from efficient_attn.attention import Site
 from efficient_attn.backbones.base import Backbone, Build, Input, refuse_kind
@@ -15,14 +15,6 @@ from efficient_attn.blocks import Cross, Shape, Stack
 from efficient_attn.config import require
 from efficient_attn.layers.embed import PositionEmbed, TokenEmbed, score
 from kernels import Mask
-
-
-class Memory(NamedTuple):
-    """The source as the decoder looks at it: what `init_cross` of each block made of it, and which
-    of its tokens are not padding."""
-
-    blocks: tuple[Any, ...]
-    keys: Bool[Array, "B S"]
 
 
 class EncoderDecoder(Backbone):
@@ -120,10 +112,10 @@ class EncoderDecoder(Backbone):
         mask = Mask(keys=source != 0)
         return self.encoder(self._embed("source", source, rngs), mask=mask, rngs=rngs), mask
 
-    def init_cross(self, source: Int[Array, "B S"]) -> Memory:
-        """The source as `step` looks at it, made once."""
-        context, _ = self.encode(source)
-        return Memory(self.decoder.init_cross(context), source != 0)
+    def init_cross(self, source: Int[Array, "B S"]) -> tuple[Any, ...]:
+        """The source as each of the decoder's blocks looks at it in `step`, made once."""
+        context, mask = self.encode(source)
+        return self.decoder.init_cross(context, mask=mask)
 
     def init_state(self, batch: int) -> tuple[Any, ...]:
         """What decoding carries from token to token, before the first."""
@@ -135,12 +127,11 @@ class EncoderDecoder(Backbone):
         state: tuple[Any, ...],
         *,
         position: Int[Array, " B"],
-        memory: Memory,
+        memory: tuple[Any, ...],
     ) -> tuple[Float[Array, "B V"], tuple[Any, ...]]:
         """Logits after the target token at `position` (from 0), equal to the forward pass's."""
         x = self._embed("target", tokens[:, None], None, positions=position[:, None])
-        seen = {"memory": memory.blocks, "context_mask": Mask(keys=memory.keys)}
-        x, state = self.decoder.step(x, state, position=position, **seen)
+        x, state = self.decoder.step(x, state, position=position, memory=memory)
         return self._score(x)[:, 0], state
 
     def translate(

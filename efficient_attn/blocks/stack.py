@@ -103,9 +103,10 @@ class Stack(nnx.Module):
         """What decoding carries, one state for each block, before the first token."""
         return tuple(block.mixer.init_state(batch, dtype) for block in self.blocks)
 
-    def init_cross(self, context: Float[Array, "B S E"]) -> tuple[Any, ...]:
-        """What each block keeps of the context, for `step`."""
-        return tuple(block.cross.init_cross(context) for block in self.blocks)
+    def init_cross(self, context: Float[Array, "B S E"], *, mask: Mask) -> tuple[Any, ...]:
+        """What each block keeps of the context, for `step`; `mask` says who of it is seen."""
+        given = {"mask": mask, "shared": self.shared}
+        return tuple(block.cross.init_cross(context, **given) for block in self.blocks)
 
     def prefill(
         self, x: Float[Array, "B T E"], state: tuple[Any, ...], *, keys: Bool[Array, "B T"]
@@ -123,16 +124,12 @@ class Stack(nnx.Module):
         *,
         position: Int[Array, " B"],
         memory: tuple[Any, ...] | None = None,
-        context_mask: Mask | None = None,
     ) -> tuple[Float[Array, "B 1 E"], tuple[Any, ...]]:
         """One token at `position` (from 0), equal to that row of the causal forward pass."""
         steps = [
-            partial(
-                block.step, position=position, memory=memory and memory[i],
-                context_mask=context_mask,
-            )
+            partial(block.step, position=position, memory=memory and memory[i])
             for i, block in enumerate(self.blocks)
-        ]  # fmt: skip
+        ]
         return self._decode(steps, x, state)
 
     def _decode(self, steps, x, state):

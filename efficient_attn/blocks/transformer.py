@@ -192,7 +192,7 @@ class Block(nnx.Module):
             y = y.reshape(batch, length, -1)
         elif name == "cross":
             assert context is not None
-            y = self.look(y, self.cross.init_cross(context), context_mask, shared)
+            y = self.cross(y, context, mask=context_mask or Mask(), shared=shared)
         else:
             y = self.mlp(y, rngs=rngs)
         return self.finished(name, y, rngs=rngs)
@@ -202,10 +202,6 @@ class Block(nnx.Module):
         y = self.scaled(name, y)
         y = self.dropout(y, deterministic=rngs is None, rngs=rngs)
         return self.drop_path(y, deterministic=rngs is None, rngs=rngs)
-
-    def look(self, y, memory, mask: Mask | None, shared):
-        """Cross-attention from y to what `init_cross` of the mixer `cross` gave."""
-        return self.cross.cross(y, memory, mask=mask or Mask(), shared=shared)
 
     def scaled(self, name: str, y: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """The branch's output times `branch_scale` and its layer scale."""
@@ -233,16 +229,19 @@ class Block(nnx.Module):
     def prefill(self, x: Stream, state, *, keys, shared):
         """`keys` [B,T] shows the tokens of each prompt; returns the stream and the state."""
         y, state = self.mixer.prefill(self.normed("mixer", self.read(x)), state, keys=keys)
-        return self._finish(self._add("mixer", x, y), None, None, shared), state
+        return self._finish(self._add("mixer", x, y), None, shared), state
 
-    def step(self, x: Stream, state, *, position, memory=None, context_mask=None, shared):
-        """One token of each row at `position` [B]; returns the stream and the state."""
+    def step(self, x: Stream, state, *, position, memory=None, shared):
+        """One token of each row at `position` [B]; returns the stream and the state.
+
+        memory: what `init_cross` of the mixer `cross` gave.
+        """
         y, state = self.mixer.step(self.normed("mixer", self.read(x)), state, position=position)
-        return self._finish(self._add("mixer", x, y), memory, context_mask, shared), state
+        return self._finish(self._add("mixer", x, y), memory, shared), state
 
-    def _finish(self, x, memory, context_mask, shared):
+    def _finish(self, x, memory, shared):
         if "cross" in self.branches:
-            y = self.look(self.normed("cross", self.read(x)), memory, context_mask, shared)
+            y = self.cross.cross(self.normed("cross", self.read(x)), memory, shared=shared)
             x = self._add("cross", x, y)
         return self._add("mlp", x, self.mlp(self.normed("mlp", self.read(x)), rngs=None))
 

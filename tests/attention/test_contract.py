@@ -9,6 +9,7 @@ from flax import nnx
 from efficient_attn import attention
 from efficient_attn.backbones.base import Objective
 from efficient_attn.errors import UserError
+from efficient_attn.tools.count import multiply_adds
 from kernels import Mask
 from tests import support
 from tests.support import (
@@ -150,6 +151,31 @@ def test_padding_of_the_context_is_not_seen(expression):
     seen = replaced(context, keys, draw_x(expression, LENGTH, seed=2))
     moved = run(expression, x, context=seen, keys=keys)
     assert np.abs(before.out[:3] - moved.out[:3]).max() > 1e-2
+
+
+@pytest.mark.parametrize("expression", those_with("cross"))
+def test_a_context_read_once_is_the_context_and_costs_a_query_what_its_size_does(expression):
+    """But for softmax, no query pays for the length of a context that was read before."""
+    made = holder(expression, **place(expression, LENGTH))
+    queries = jnp.asarray(draw_x(expression, SHORT))
+    context = jnp.asarray(draw_x(expression, LENGTH, seed=1))
+    mask = Mask(keys=jnp.asarray(support.ragged_keys(LENGTH)))
+
+    def read(length):
+        seen = Mask(keys=mask.keys[:, :length])
+        return made.mixer.init_cross(context[:, :length], mask=seen, shared=made.shared)
+
+    memory = read(LENGTH)
+    assert all(leaf.shape[0] == support.BATCH for leaf in jax.tree.leaves(memory))
+    each = [made.mixer.cross(queries[:, t : t + 1], memory, shared=made.shared) for t in range(3)]
+    whole = made(queries, context, mask=mask)
+    np.testing.assert_allclose(jnp.concatenate(each, 1), whole[:, :3], rtol=1e-5, atol=1e-5)
+
+    def cost(length):
+        look = lambda x, seen: made.mixer.cross(x, seen, shared=made.shared)  # noqa: E731
+        return multiply_adds(look, queries[:, :1], read(length))
+
+    assert (cost(LENGTH) == cost(LENGTH // 2)) is not expression.startswith("softmax")
 
 
 @pytest.mark.parametrize("expression", sorted(set(EXPRESSIONS) - set(those_with("cross"))))

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from efficient_attn.attention.softmax import Softmax
+from efficient_attn.attention.softmax import KeyValueCache, Softmax
 from efficient_attn.errors import UserError
 from kernels import Mask
 from tests import support
 
 
-def core(**options):
-    return Softmax(Softmax.Config(**options), support.site(), rngs=nnx.Rngs(0), shared={})
+def core(seq=support.SEQ, **options):
+    return Softmax(Softmax.Config(**options), support.site(seq=seq), rngs=nnx.Rngs(0), shared={})
 
 
 def qkv(groups=4):
@@ -62,3 +62,18 @@ def test_the_cache_has_the_dtype_that_was_asked_for():
 def test_key_value_heads_divide_the_heads():
     with pytest.raises(UserError, match="kv_heads=3 does not divide heads=4"):
         core(kv_heads=3)
+
+
+@pytest.mark.parametrize("farthest", [0, 127, 128, 255, 256, 299])
+def test_a_step_reads_the_shortest_beginning_of_the_cache_that_will_do(farthest):
+    """The other example is near; rows that need not be read are NaN, and are not."""
+    long = core(seq=300)
+    q, k, v = (jnp.asarray(support.draw((2, 300, 4, 8), seed=i)) for i in range(3))
+    position = jnp.asarray([farthest, min(farthest, 3)])
+    written = next(count for count in (128, 256, 300) if count > farthest)
+    state = KeyValueCache(*(x.at[:, written:].set(jnp.nan) for x in (k, v)))
+    of = (jnp.arange(2), position)
+    out, after = long.step(*(x[of][:, None] for x in (q, k, v)), state, position=position)
+    expected = long(q, k, v, mask=Mask(causal=True), shared={})[of][:, None]
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(after.keys, state.keys)

@@ -92,12 +92,12 @@ def test_decoding_with_cross_attention_equals_the_causal_pass(residual):
 
     def call(numbers, x, context):
         stack = nnx.merge(graph, numbers)
-        given = {"memory": stack.init_cross(context), "context_mask": seen}
+        memory = stack.init_cross(context, mask=seen)
         state, outs = stack.init_state(2, jnp.float32), []
         for t in range(9):
             at = jnp.asarray([t, max(t - 1, 0)])
             token = x[np.arange(2), at][:, None]
-            one, state = stack.step(token, state, position=at, **given)
+            one, state = stack.step(token, state, position=at, memory=memory)
             outs.append(one[:, 0])
         return jnp.stack(outs, axis=1)
 

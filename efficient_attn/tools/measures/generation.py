@@ -26,9 +26,9 @@ def measure(
     is the last output of a forward pass over all before it, as softmax is often run; that is
     counted, not run.
 
-    Returns "multiply_adds" of the image, and if carried "image_seconds", "state_bytes" and
-    "times_cached", images a second over those of softmax with its cache, both having run by turns
-    (`tools.decode_speed`); `seed` has no say.
+    Returns "multiply_adds" of the image, each value counted as its last, and if carried
+    "image_seconds", "state_bytes" and "times_cached", images a second over those of softmax with
+    its cache, both having run by turns (`tools.decode_speed`); `seed` has no say.
 
     Raises:
         UserError: a mechanism that does not decode, or another than softmax without a carry.
@@ -58,7 +58,7 @@ def recomputed(length: int, *, depth: int, width: int) -> int:
 
 
 def step(expression: str, length: int, options: Mapping[str, Any]) -> int:
-    """Multiply-adds of one value, the model built for `length`; a cache is read whole."""
+    """Multiply-adds of the last of `length` values, for which a cache is read whole."""
     source = Input(kind="text", shape=(length,), classes=VOCAB, vocab=VOCAB)
 
     def create() -> Any:
