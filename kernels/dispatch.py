@@ -1,11 +1,17 @@
-"""Which implementation of an op runs: a named one, or it raises; `auto`, the first proven one."""
+"""Which implementation of an op runs: a named one, or it raises; `auto`, the first proven one.
+
+proven.json has, by device, the ops whose kernels `python -m kernels.bench --prove` has found right
+there, and faster than XLA in every case that it ran.
+"""
 
 import functools
+import json
 import logging
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from kernels.target import Chip, target
+from kernels.target import Chip, device_kind, target
 
 Backend = Literal["auto", "xla", "pallas", "cudnn", "tiled"]
 PROVEN: dict[tuple[Chip, str], frozenset[str]] = {
@@ -13,8 +19,8 @@ PROVEN: dict[tuple[Chip, str], frozenset[str]] = {
         {"softmax_attention", "linformer_attention", "linear_attention", "favor_attention"}
     )
 }
-"""Ops by chip and backend that `python -m kernels.bench` has found right, and faster than XLA,
-there: what `auto` may take beside XLA. No TPU or GPU has been at hand yet."""
+"""What `auto` may take beside XLA on any such chip; on a device of `TABLE` its kernels too."""
+TABLE = pathlib.Path(__file__).parent / "proven.json"
 log = logging.getLogger(__name__)
 
 
@@ -45,7 +51,7 @@ def run(
         backend = next(  # type: ignore[assignment]
             name
             for name, path in paths.items()
-            if (name == "xla" or op in PROVEN.get((target().chip, name), ()))
+            if (name == "xla" or _proven(op, name))
             and not _reason(path, arguments, options)
             and (path.worth is None or path.worth(*arguments, **options))
         )
@@ -57,6 +63,18 @@ def run(
     elif reason := _reason(paths[backend], arguments, options):
         raise NotImplementedError(f"{op} with backend {backend!r}: {reason}")
     return paths[backend].run(*arguments, **options)
+
+
+def _proven(op: str, backend: str) -> bool:
+    if op in PROVEN.get((target().chip, backend), ()):
+        return True
+    return backend == "pallas" and op in measured().get(device_kind(), ())
+
+
+@functools.cache
+def measured() -> dict[str | None, dict[str, Any]]:
+    """Device -> op -> how it was found; of the ops whose kernels are proven."""
+    return json.loads(TABLE.read_text()) if TABLE.exists() else {}
 
 
 def _reason(path: Path, arguments: tuple, options: dict[str, Any]) -> str | None:

@@ -51,6 +51,11 @@ def cores() -> int:
     return known.get(chip, 1)
 
 
+def device_kind() -> str | None:
+    """What jax calls the device at hand; None where the target is another one that was named."""
+    return None if _named.get() else jax.devices()[0].device_kind
+
+
 def refuse_kernels() -> str | None:
     """Why no Pallas kernel runs where an op is called; None where they do."""
     chip = target().chip

@@ -1,6 +1,6 @@
 """Every op checked, then timed, against XLA, cuDNN, tokamax, jax-linear-attention and fla.
 
-    python -m kernels.bench [--ops PATTERN] [--out DIR] [--minutes 9] [--quick]
+    python -m kernels.bench [--ops PATTERN] [--out DIR] [--minutes 9] [--quick] [--prove]
     python -m kernels.bench --cpu-peers [--out DIR]      see `kernels.bench.peers`
 
 The cases are `kernels.shapes.MEASURED`; --quick takes one small case an op, which a CPU can. Each
@@ -12,7 +12,9 @@ are `shapes.work` and `shapes.traffic` over that time; the bound is the least ti
 leave, a copy's and a matrix product's rates, measured first.
 
 Results go to DIR/bench-DEVICE-COMMIT.json as they come, and to a picture beside it. Run again, it
-goes on where it stopped. What was skipped is in the file with the reason.
+goes on where it stopped. What was skipped is in the file with the reason. With --prove, the ops
+whose kernels were right and faster than XLA in every case go into kernels/proven.json, where
+backend="auto" finds them on such a device; of the others it says why not.
 """
 
 import argparse
@@ -25,6 +27,7 @@ import jax
 
 from kernels import shapes
 from kernels.bench import peers
+from kernels.bench.proof import prove
 from kernels.bench.run import run
 from kernels.compiler import without_ynnpack
 
@@ -39,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="one small case an op; with --cpu-peers, one length"
     )
+    parser.add_argument("--prove", action="store_true", help="tell backend='auto' what was found")
     parser.add_argument("--cpu-peers", action="store_true", help="the PyTorch peers, on this CPU")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -49,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("the full list needs an accelerator; on a CPU take --quick or --cpu-peers")
     cases = shapes.QUICK if options.quick else shapes.MEASURED
     cases = [case for case in cases if re.search(options.ops, case.name)]
-    return 3 if run(cases, options.out, options.minutes) else 0
+    left, kept = run(cases, options.out, options.minutes)
+    if options.prove:
+        prove(cases, kept)
+    return 3 if left else 0
 
 
 if __name__ == "__main__":

@@ -137,8 +137,9 @@ def measure(name: str, case: Case, given, expected, clock: Timer) -> list[Row]:
         return rows
     except Exception as error:  # one implementation that fails must not end the others
         text = str(error).strip().split("\n")[0][:300]
-        kind = "" if isinstance(error, NotImplementedError) else f"{type(error).__name__}: "
-        return [head | {"skipped": kind + text}]
+        if isinstance(error, NotImplementedError):
+            return [head | {"skipped": text, "refused": True}]
+        return [head | {"skipped": f"{type(error).__name__}: {text}"}]
 
 
 def rated(case: Case, row: Row, ceilings: Row) -> Row:
@@ -198,8 +199,9 @@ def started(folder: Path, clock: Timer) -> tuple[Path, Row]:
     return path, kept
 
 
-def run(cases: Sequence[Case], folder: Path, minutes: float) -> int:
-    """Check, time, print and write; how many (case, implementation) pairs are left."""
+def run(cases: Sequence[Case], folder: Path, minutes: float) -> tuple[int, Row]:
+    """Check, time, print and write; how many (case, implementation) pairs are left, and the file's
+    content."""
     end, clock = time.monotonic() + 60 * minutes, timer()
     path, kept = started(folder, clock)
     print(f"{kept['device']}, {kept['versions']}, commit {kept['commit']}; time: {kept['timer']}")
@@ -223,4 +225,4 @@ def run(cases: Sequence[Case], folder: Path, minutes: float) -> int:
         picture.draw(kept, path.with_suffix(".png"))
     except NotImplementedError as why:
         print(f"no picture: {why}")
-    return len(todo)
+    return len(todo), kept

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kernels import shapes
-from kernels.bench import device_time, rivals, run
+from kernels.bench import device_time, proof, rivals, run
 from kernels.shapes import Case
 
 LINEAR = Case(op="linear_attention", batch=1, length=8192, heads=96, dim=128, causal=True)
@@ -166,13 +166,72 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
                                                           "flops_per_second": 1e9})  # fmt: skip
     times = iter([{"ms": 1.0, "low": 1.0, "high": 1.0, "timer": "clock"}] * 2)
     monkeypatch.setattr(device_time.Timer, "__call__", lambda *_, torch: next(times))
-    assert run.run([SMALL], tmp_path, 1e-9) == 3
-    assert run.run([dataclasses.replace(SMALL, dtype="float32")], tmp_path, 1.0) == 0
+    assert run.run([SMALL], tmp_path, 1e-9)[0] == 3
+    assert run.run([dataclasses.replace(SMALL, dtype="float32")], tmp_path, 1.0)[0] == 0
     (path,) = tmp_path.glob("bench-*.json")
     rows = json.loads(path.read_text())["rows"]
     assert [row["by"] for row in rows] == ["pallas", "xla", "xla", "fla"]
-    assert run.run([dataclasses.replace(SMALL, dtype="float32")], tmp_path, 1.0) == 0
+    assert run.run([dataclasses.replace(SMALL, dtype="float32")], tmp_path, 1.0)[0] == 0
     assert json.loads(path.read_text())["rows"] == rows
     assert "run again" in capsys.readouterr().out
     pytest.importorskip("matplotlib")
     assert path.with_suffix(".png").stat().st_size > 1000
+
+
+LONG = dataclasses.replace(SMALL, length=512)
+WINDOW = Case(op="window_attention", batch=1, length=64, heads=2, dim=8, causal=True, window=8)
+
+
+def timed(case, by, forward, training):
+    each = zip(shapes.PASSES, (forward, training), strict=True)
+    return [{"case": case.name, "by": by, "pass": name, "ms": ms} for name, ms in each]
+
+
+def skipped(case, by, **more):
+    return [{"case": case.name, "by": by, "skipped": "why"} | more]
+
+
+KERNEL = timed(SMALL, "pallas", 1.0, 2.0)
+XLA = timed(SMALL, "xla", 3.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "verdict"),
+    [
+        (KERNEL + XLA, {"least": 1.5, "most": 3.0}),
+        (KERNEL + skipped(SMALL, "xla"), "nothing to compare"),
+        (KERNEL, "not run yet"),
+        (skipped(SMALL, "pallas", refused=True) + XLA, "nothing to compare"),
+        (skipped(SMALL, "pallas") + XLA, "why"),
+        (KERNEL + timed(SMALL, "xla", 3.0, 1.9), "training: 0.95 times as fast as XLA"),
+    ],
+)
+def test_a_kernel_is_proven_that_was_right_and_faster_in_every_case(rows, verdict):
+    for cases, known in (([SMALL], rows), ([LONG, SMALL], timed(LONG, "pallas", 1, 1)
+                                           + timed(LONG, "xla", 2, 2) + rows)):  # fmt: skip
+        found = proof.judge(cases, known)
+        assert found["linear_attention"] == found["causal_linear_attention"]
+        if isinstance(verdict, dict):
+            assert found["linear_attention"] == verdict
+        elif verdict != "nothing to compare":
+            assert SMALL.name in found["linear_attention"]
+            assert verdict in found["linear_attention"]
+        else:
+            expected = verdict if len(cases) == 1 else {"least": 2.0, "most": 2.0}
+            assert found["linear_attention"] == expected
+
+
+def test_what_is_proven_is_kept_by_device_and_taken_back_when_it_no_longer_holds(tmp_path, capsys):
+    table = tmp_path / "proven.json"
+    kept = {"device": "a chip", "commit": "abc", "versions": {"jax": "1.2"}, "rows": KERNEL + XLA}
+    proof.prove([SMALL], kept, table)
+    entry = {"least": 1.5, "most": 3.0, "commit": "abc", "jax": "1.2"}
+    ops = {"linear_attention": entry, "causal_linear_attention": entry}
+    assert json.loads(table.read_text()) == {"a chip": ops}
+    other = kept | {"device": "another", "rows": timed(WINDOW, "pallas", 2, 2)
+                    + timed(WINDOW, "xla", 1, 1)}  # fmt: skip
+    proof.prove([WINDOW], other, table)
+    assert json.loads(table.read_text()) == {"a chip": ops}
+    assert "not proven: window_attention: window_attention causal B1 T64" in capsys.readouterr().out
+    proof.prove([SMALL], kept | {"rows": KERNEL}, table)
+    assert json.loads(table.read_text()) == {}

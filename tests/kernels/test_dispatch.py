@@ -5,7 +5,7 @@ import logging
 import jax.numpy as jnp
 import pytest
 
-from kernels import dispatch, linear_attention, softmax_attention, window_attention
+from kernels import dispatch, linear_attention, softmax_attention, target, window_attention
 from kernels.dispatch import Path
 
 X = jnp.ones((1, 4, 2, 4))
@@ -65,6 +65,18 @@ def test_auto_takes_the_first_proven_one_that_does_not_refuse(proven):
     assert dispatch.run("another op", "auto", PATHS, (2,), {"limit": 2}) == ("xla", 2)
     assert dispatch.run("an op", "auto", PATHS, (2,), {"limit": 2}) == ("pallas", 2)
     assert dispatch.run("an op", "auto", PATHS, (3,), {"limit": 2}) == ("xla", 3)
+
+
+def test_auto_takes_a_kernel_where_the_table_says_that_it_is_proven_on_this_very_device(
+    monkeypatch,
+):
+    kind = target.device_kind()
+    monkeypatch.setattr(dispatch, "measured", lambda: {kind: {"an op": {}}, "other": {"op": {}}})
+    assert dispatch.run("an op", "auto", PATHS, (2,), {"limit": 2}) == ("pallas", 2)
+    assert dispatch.run("an op", "auto", PATHS, (3,), {"limit": 2}) == ("xla", 3)
+    assert dispatch.run("op", "auto", PATHS, (2,), {"limit": 2}) == ("xla", 2)
+    with target.use("tpu"):
+        assert dispatch.run("an op", "auto", PATHS, (2,), {"limit": 2}) == ("xla", 2)
 
 
 def test_auto_passes_over_what_is_not_worth_it_and_a_name_does_not(proven):
