@@ -21,6 +21,7 @@ from flax import nnx
 from efficient_attn import attention
 from efficient_attn.attention import Site, kernelised
 from efficient_attn.attention.base import nearly_square
+from efficient_attn.layers.rngs import make_rngs
 from kernels import Mask
 
 MECHANISMS = {
@@ -86,7 +87,7 @@ class Holder(nnx.Module):
     def __init__(self, expression: str, where: Site, *, needs=()):
         shared: dict[str, nnx.Module] = {}
         self.mixer = attention.build(
-            expression, where, needs=needs, rngs=nnx.Rngs(0), shared=shared
+            expression, where, needs=needs, rngs=make_rngs(0), shared=shared
         )
         self.shared = nnx.Dict(shared)
 

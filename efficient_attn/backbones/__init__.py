@@ -19,6 +19,7 @@ from efficient_attn.backbones.sampling import Sampling
 from efficient_attn.backbones.vit import Vit
 from efficient_attn.config import build, require
 from efficient_attn.errors import unknown
+from efficient_attn.layers.rngs import make_rngs
 from kernels.dispatch import Backend
 
 __all__ = [
@@ -90,7 +91,7 @@ def create(
         source = Input(kind="image", shape=(side, side, 3), classes=num_classes)
     how = Build(attention=attention, backend=backend, dtype=dtype)
     config = configure(name, options or {})
-    return family(config, source, how, rngs=rngs or nnx.Rngs(0))
+    return family(config, source, how, rngs=rngs or make_rngs(0))
 
 
 def names(pattern: str = "*") -> list[str]:

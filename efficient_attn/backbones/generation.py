@@ -13,6 +13,7 @@ from jaxtyping import Array, Int
 from efficient_attn.backbones.causal_lm import CausalLM
 from efficient_attn.backbones.sampling import GREEDY, Sampling, choose
 from efficient_attn.config import require
+from efficient_attn.layers.rngs import make_rngs
 
 
 def generate(
@@ -65,7 +66,7 @@ def generate(
 def _step(model: CausalLM, length: int) -> str:
     """The program of one step, had the model been built for `length` tokens."""
     source = replace(model.source, shape=(length,))
-    made = nnx.eval_shape(lambda: CausalLM(model.config, source, model.build, rngs=nnx.Rngs(0)))
+    made = nnx.eval_shape(lambda: CausalLM(model.config, source, model.build, rngs=make_rngs(0)))
     graph, weights = nnx.split(made)
 
     def step(weights, tokens, state):

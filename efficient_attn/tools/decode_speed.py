@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from rich.progress import track
 
 from efficient_attn import backbones
 from efficient_attn.backbones import Input
+from efficient_attn.layers.rngs import make_rngs
 from efficient_attn.tools.table import row
 from efficient_attn.train.flags import run
 from kernels.compiler import without_ynnpack
@@ -75,7 +75,7 @@ def measure(
 def _model(expression: str, length: int, options: Mapping[str, Any]) -> Any:
     source = Input(kind="text", shape=(length,), classes=VOCAB, vocab=VOCAB)
     return backbones.create(
-        "causal_lm", options, attention=expression, source=source, rngs=nnx.Rngs(0)
+        "causal_lm", options, attention=expression, source=source, rngs=make_rngs(0)
     )
 
 

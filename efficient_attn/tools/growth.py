@@ -25,6 +25,7 @@ from efficient_attn import attention
 from efficient_attn.attention import Site
 from efficient_attn.attention.base import nearly_square
 from efficient_attn.config import require
+from efficient_attn.layers.rngs import make_rngs
 from efficient_attn.tools.count import multiply_adds
 from efficient_attn.tools.table import between, read, row
 from efficient_attn.train.flags import run
@@ -122,7 +123,7 @@ def _functions(choice, site: Site, causal: bool):
     shared: dict[str, nnx.Module] = {}
 
     def make():
-        mixer = attention.build(choice, site, needs=(), rngs=nnx.Rngs(0), shared=shared)
+        mixer = attention.build(choice, site, needs=(), rngs=make_rngs(0), shared=shared)
         return mixer, nnx.Dict(shared)
 
     graph, params, rest = nnx.split(nnx.eval_shape(make), nnx.Param, ...)

@@ -14,6 +14,7 @@ from efficient_attn import attention, backbones
 from efficient_attn.backbones import Input
 from efficient_attn.config import require
 from efficient_attn.errors import UserError
+from efficient_attn.layers.rngs import make_rngs
 from efficient_attn.train.flags import run
 
 TOKENS = {"classes": 2, "vocab": 16}
@@ -56,7 +57,7 @@ def _runs(expression: str, backbone: str) -> str:
     def make():
         options_of = {"depth": 1, "width": 32, "heads": 4, **options}
         return backbones.create(
-            backbone, options_of, attention=expression, source=source, rngs=nnx.Rngs(0)
+            backbone, options_of, attention=expression, source=source, rngs=make_rngs(0)
         )
 
     try:

@@ -28,6 +28,7 @@ from efficient_attn import attention, backbones
 from efficient_attn.data import Dataset, Info, Source
 from efficient_attn.data.loader import check
 from efficient_attn.errors import UserError
+from efficient_attn.layers.rngs import make_rngs
 from efficient_attn.train import optimizers, sharding
 from efficient_attn.train.config import Experiment
 from efficient_attn.train.objective import Teacher, make_gradient, take_apart
@@ -150,10 +151,10 @@ def compile_for(
     sharding.check_batch(train.eval_batch_size, **batch)
 
     optimizer = optimizers.create(experiment.optimizer, steps=train.steps)
-    graphdef, _, _ = nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))), nnx.Param, ...)
+    graphdef, _, _ = nnx.split(nnx.eval_shape(lambda: create(make_rngs(0))), nnx.Param, ...)
 
     def init() -> State:
-        model = create(nnx.Rngs(params=jax.random.key(experiment.seed)))
+        model = create(make_rngs(experiment.seed))
         params, rest = take_apart(model)
         averaged = nnx.to_pure_dict(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat)))
         return {

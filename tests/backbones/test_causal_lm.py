@@ -14,6 +14,7 @@ from efficient_attn.backbones import CausalLM, Sampling, generate
 from efficient_attn.backbones.generation import check_prompts
 from efficient_attn.backbones.sampling import GREEDY
 from efficient_attn.errors import UserError
+from efficient_attn.layers.rngs import make_rngs
 from tests import support
 from tests.backbones.test_contract import SMALL, TEXT, TOKENS, batch, logits
 
@@ -23,7 +24,7 @@ LONG = replace(TEXT, shape=(STEPS,))
 
 def create(attention="softmax", source=TEXT, seed=0, **options):
     return backbones.create(
-        "causal_lm", SMALL | options, attention=attention, source=source, rngs=nnx.Rngs(seed)
+        "causal_lm", SMALL | options, attention=attention, source=source, rngs=make_rngs(seed)
     )
 
 

@@ -17,6 +17,7 @@ from flax import nnx
 from efficient_attn import attention, backbones
 from efficient_attn.backbones import Input
 from efficient_attn.errors import UserError
+from efficient_attn.layers.rngs import make_rngs
 from tests import support
 
 TOKENS = Input(kind="tokens", shape=(24,), classes=3, vocab=11)
@@ -118,7 +119,7 @@ def model(name, expression, seed=0, **options):
     depth = 3 if "*2" in expression else 2
     return backbones.create(
         name, small | {"depth": depth} | options, attention=expression, source=source,
-        rngs=nnx.Rngs(seed),
+        rngs=make_rngs(seed),
     )  # fmt: skip
 
 
@@ -252,7 +253,7 @@ def test_logits_are_float32_under_bfloat16(name, norm):
     made = nnx.eval_shape(
         lambda: backbones.create(
             name, options, attention="performer(features=4)", source=source, dtype=jnp.bfloat16,
-            rngs=nnx.Rngs(0),
+            rngs=make_rngs(0),
         )
     )  # fmt: skip
     graph, state = nnx.split(made)
@@ -271,7 +272,7 @@ def test_layerwise_sharing_holds_one_projection_for_all_layers(name, depth):
         made = nnx.eval_shape(
             lambda: backbones.create(
                 name, options | {"depth": depth}, attention=expression, source=source,
-                rngs=nnx.Rngs(0),
+                rngs=make_rngs(0),
             )
         )  # fmt: skip
         return [leaf.shape for leaf in jax.tree.leaves(nnx.state(made, nnx.Param))]

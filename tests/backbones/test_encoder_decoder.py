@@ -12,6 +12,7 @@ from flax import nnx
 from efficient_attn import backbones
 from efficient_attn.backbones import Input
 from efficient_attn.errors import UserError
+from efficient_attn.layers.rngs import make_rngs
 from efficient_attn.tools.count import multiply_adds
 from tests import support
 
@@ -42,7 +43,7 @@ CROSS = {
 def create(expression="softmax", source=SOURCE, seed=0, dtype=jnp.float32, **options):
     return backbones.create(
         "encoder_decoder", SMALL | options, attention=expression, source=source, dtype=dtype,
-        rngs=nnx.Rngs(seed),
+        rngs=make_rngs(seed),
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from efficient_attn import backbones
 from efficient_attn.backbones.base import Objective
 from efficient_attn.backbones.images import dynamicvit
 from efficient_attn.errors import UserError
+from efficient_attn.layers.rngs import make_rngs
 from efficient_attn.tools.count import multiply_adds
 from tests.support import fast, relative
 
@@ -21,7 +22,7 @@ NAMES = ("evit_small", "dynamicvit_deit_small", "avit_tiny")
 
 def make(name, *, attention="native", **options):
     model = backbones.create(
-        name, TINY | options, attention=attention, image_size=32, num_classes=5, rngs=nnx.Rngs(0)
+        name, TINY | options, attention=attention, image_size=32, num_classes=5, rngs=make_rngs(0)
     )
     random = np.random.default_rng(0)
 

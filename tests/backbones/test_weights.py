@@ -8,6 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 from efficient_attn import backbones
 from efficient_attn.errors import UserError
+from efficient_attn.layers.rngs import make_rngs
 
 SMALL = {"depth": 2, "width": 16, "heads": 2}
 
@@ -16,7 +17,7 @@ def create(seed=0, **options):
     attention = options.pop("attention", "native")
     return backbones.create(
         "deit_tiny_distilled_patch16_224", SMALL | options, attention=attention, num_classes=3,
-        image_size=32, rngs=nnx.Rngs(seed),
+        image_size=32, rngs=make_rngs(seed),
     )  # fmt: skip
 
 

@@ -93,12 +93,13 @@ def _count(experiment: Experiment, dataset: data.Dataset) -> tuple[int, int]:
     import jax
     from flax import nnx
 
+    from efficient_attn.layers.rngs import make_rngs
     from efficient_attn.tools.count import multiply_adds
     from efficient_attn.train.program import complete, creator
     from kernels.target import use
 
     create = creator(complete(experiment), dataset.info)
-    graph, state = nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: create(make_rngs(0))))
     inputs = dataset.splits["train"].gather([0])["inputs"]
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
     with use("gpu"):  # as multiply-adds are told: no tiles, convolutions as such

@@ -19,6 +19,7 @@ from efficient_attn.attention import MIXERS, Site
 from efficient_attn.attention.multihead import make_mixer
 from efficient_attn.attention.spec import parse, tile
 from efficient_attn.blocks.transformer import Block, Shape
+from efficient_attn.layers.rngs import make_rngs
 from efficient_attn.tools.count import multiply_adds
 from efficient_attn.tools.measures.baselines import BASELINES
 from kernels import Mask
@@ -130,10 +131,10 @@ class Layers(nnx.Module):
 def functions(expression: str, layout: Layout) -> tuple[dict[Mode, Callable], Callable[[int], Any]]:
     """The function of each mode, of (params, rest, x), and what makes these from a seed."""
 
-    graph = nnx.split(nnx.eval_shape(lambda: Layers(expression, layout, rngs=nnx.Rngs(0))))[0]
+    graph = nnx.split(nnx.eval_shape(lambda: Layers(expression, layout, rngs=make_rngs(0))))[0]
 
     def arguments(seed):
-        layers = Layers(expression, layout, rngs=nnx.Rngs(seed))
+        layers = Layers(expression, layout, rngs=make_rngs(seed))
         params, rest = map(nnx.to_pure_dict, nnx.split(layers, nnx.Param, ...)[1:])
         x = jax.random.normal(jax.random.key(seed), (layout.batch, layout.length, layout.width))
         return params, rest, x

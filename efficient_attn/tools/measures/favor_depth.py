@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from efficient_attn.layers.rngs import make_rngs
 from efficient_attn.tools.measures.cost import Layers, Layout
 
 
@@ -58,7 +59,7 @@ def drawn(expression: str, layout: Layout) -> Callable:
     """key -> (parameters, what is not trained) of one block, compiled."""
 
     def draw(key):
-        layers = Layers(expression, layout, rngs=nnx.Rngs(key))
+        layers = Layers(expression, layout, rngs=make_rngs(key))
         return tuple(map(nnx.to_pure_dict, nnx.split(layers, nnx.Param, ...)[1:]))
 
     return jax.jit(draw)
@@ -67,6 +68,6 @@ def drawn(expression: str, layout: Layout) -> Callable:
 @functools.cache
 def applied(expression: str, layout: Layout) -> Callable:
     """(parameters, what is not trained, x) -> x after one block, compiled."""
-    abstract = nnx.eval_shape(lambda: Layers(expression, layout, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: Layers(expression, layout, rngs=make_rngs(0)))
     graph = nnx.split(abstract, nnx.Param, ...)[0]
     return jax.jit(lambda params, rest, x: nnx.merge(graph, params, rest)(x))

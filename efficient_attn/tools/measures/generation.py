@@ -10,6 +10,7 @@ from flax import nnx
 from efficient_attn import backbones
 from efficient_attn.backbones import Input
 from efficient_attn.config import require
+from efficient_attn.layers.rngs import make_rngs
 from efficient_attn.tools import decode_speed
 from efficient_attn.tools.count import multiply_adds
 
@@ -63,7 +64,7 @@ def step(expression: str, length: int, options: Mapping[str, Any]) -> int:
 
     def create() -> Any:
         return backbones.create(
-            "causal_lm", options, attention=expression, source=source, rngs=nnx.Rngs(0)
+            "causal_lm", options, attention=expression, source=source, rngs=make_rngs(0)
         )
 
     model = nnx.eval_shape(create)
