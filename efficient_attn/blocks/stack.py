@@ -14,6 +14,7 @@ from efficient_attn.attention import Site
 from efficient_attn.blocks import reversible
 from efficient_attn.blocks.transformer import Block, Cross, Shape, close_stream, open_stream
 from efficient_attn.layers.norm import make_norm
+from efficient_attn.layers.rngs import make_rngs
 from kernels import Mask
 
 
@@ -155,7 +156,7 @@ def _branch(name, graph, shared_graph, layer, state, common, x):
         key = jax.random.fold_in(key, len(block.branches) * layer + block.branches.index(name))
     return block.branch(
         name, x,
-        rngs=None if key is None else nnx.Rngs(key),
+        rngs=None if key is None else make_rngs(key),
         shared=nnx.merge(shared_graph, common["shared"]), **common["given"],
     )  # fmt: skip
 

@@ -19,11 +19,11 @@ class Stream(nnx.RngStream):
 
 
 def make_rngs(seed: int | jax.Array) -> nnx.Rngs:
-    """`nnx.Rngs(seed)`, a number or a key, for making a model: the same keys in the same order.
+    """`nnx.Rngs(seed)`, a number or a key: the same keys in the same order.
 
-    A network is traced in a quarter of the time. flax asks a traced count for its sharding at each
-    draw, and jax answers that a tracer has none, at length: where in the program it comes from.
-    Not for what goes through `nnx` transformations, which carry arrays alone.
+    A network is made in a trace in a quarter of the time, and its step traced in half. flax asks a
+    traced count for its sharding at each draw, and jax answers that a tracer has none, at length:
+    where in the program it comes from. Not for `nnx.vmap` and `nnx.scan`, which carry arrays alone.
     """
     rngs = nnx.Rngs(seed)
     for name, stream in list(rngs.items()):

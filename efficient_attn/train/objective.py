@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from efficient_attn.backbones.base import Objective
+from efficient_attn.layers.rngs import make_rngs
 from efficient_attn.train import mixing
 from efficient_attn.train.config import Distill, Experiment
 from efficient_attn.train.task import CrossEntropy
@@ -74,7 +75,7 @@ def _make_loss(
     def loss(params, rest, batch, key, known):
         model = nnx.merge(graphdef, params, rest)
         call = model if teacher is None else model.heads
-        found, asked = nnx.capture(call, Objective)(batch["inputs"], rngs=nnx.Rngs(dropout=key))
+        found, asked = nnx.capture(call, Objective)(batch["inputs"], rngs=make_rngs(key))
         heads = (found,) if teacher is None else found
         logits = heads[0] if len(heads) == 1 else jnp.stack(heads).mean(axis=0)
         each = mixing.told(batch, lambda label: task.objective(heads[0], label))

@@ -1,8 +1,8 @@
 """train.py and eval.py as a user meets them: help, and mistakes made before jax is imported."""
 
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -67,9 +67,9 @@ def test_a_config_file_that_fails(content, says, tmp_path):
 
 
 def test_help_is_quick_and_complete():
-    began = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = script("train.py", "--help")
-    assert time.perf_counter() - began < 3
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 3
     assert done.returncode == 0
     for flag in ("--workdir", "--replace", "--help-attention", "--config.optimizer.warmup=100"):
         assert flag in done.stdout
