@@ -1,10 +1,11 @@
 """Which ops a device's kernels are proven for, from the rows of `kernels.bench`."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from kernels import shapes
 from kernels.dispatch import TABLE
 from kernels.shapes import Case
 
@@ -52,11 +53,16 @@ def _verdict(cases: Sequence[Case], rows: Sequence[dict[str, Any]]) -> dict | st
     return {"least": round(min(ratios), 2), "most": round(max(ratios), 2)}
 
 
-def prove(cases: Sequence[Case], kept: dict[str, Any], table: Path = TABLE) -> None:
-    """Write what was proven on the device of `kept` to the table, and print what was not, and why.
+def prove(
+    ops: Collection[str], kept: dict[str, Any], *, table: Path = TABLE,
+    cases: Sequence[Case] = shapes.MEASURED,
+) -> None:  # fmt: skip
+    """Write which of the ops are proven on the device of `kept` to the table, print why others are
+    not.
 
-    Only ops of `cases` are judged anew.
+    An op is judged by all of `cases` that are its own, however few of them were asked for.
     """
+    cases = [case for case in cases if case.op in ops]
     known = json.loads(table.read_text()) if table.exists() else {}
     device = known.setdefault(kept["device"], {})
     found = {"commit": kept["commit"], "jax": kept["versions"]["jax"]}

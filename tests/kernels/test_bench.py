@@ -224,14 +224,22 @@ def test_a_kernel_is_proven_that_was_right_and_faster_in_every_case(rows, verdic
 def test_what_is_proven_is_kept_by_device_and_taken_back_when_it_no_longer_holds(tmp_path, capsys):
     table = tmp_path / "proven.json"
     kept = {"device": "a chip", "commit": "abc", "versions": {"jax": "1.2"}, "rows": KERNEL + XLA}
-    proof.prove([SMALL], kept, table)
+    linear = {"table": table, "cases": [SMALL]}
+    proof.prove({"linear_attention"}, kept, **linear)
     entry = {"least": 1.5, "most": 3.0, "commit": "abc", "jax": "1.2"}
     ops = {"linear_attention": entry, "causal_linear_attention": entry}
     assert json.loads(table.read_text()) == {"a chip": ops}
     other = kept | {"device": "another", "rows": timed(WINDOW, "pallas", 2, 2)
                     + timed(WINDOW, "xla", 1, 1)}  # fmt: skip
-    proof.prove([WINDOW], other, table)
+    proof.prove({"window_attention"}, other, table=table, cases=[SMALL, WINDOW])
     assert json.loads(table.read_text()) == {"a chip": ops}
     assert "not proven: window_attention: window_attention causal B1 T64" in capsys.readouterr().out
-    proof.prove([SMALL], kept | {"rows": KERNEL}, table)
+    proof.prove({"linear_attention"}, kept | {"rows": KERNEL}, **linear)
     assert json.loads(table.read_text()) == {}
+
+
+def test_one_case_of_an_op_proves_nothing(tmp_path, capsys):
+    kept = {"device": "a chip", "commit": "abc", "versions": {"jax": "1.2"}, "rows": KERNEL + XLA}
+    proof.prove({"linear_attention"}, kept, table=tmp_path / "proven.json")
+    assert json.loads((tmp_path / "proven.json").read_text()) == {}
+    assert "not run yet" in capsys.readouterr().out
