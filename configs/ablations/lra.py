@@ -113,10 +113,11 @@ def _in_paper(task: str, scale: Scale) -> dict[str, str]:
     full = scale == "paper"
     rank, features, long = (256, 256, 512) if full else (16, 64, 16)
     block = (64 if task in ("image", "pathfinder") else 50) if full else 16
+    sparse = "sparse" if full else "sparse(summary=2)"  # 8 would be all of a block of 64 tokens
     return {
         "softmax": "softmax",
         "local": f"local(window={block}, pattern='blocked')",
-        "sparse": "sparse(pattern='strided')" if task == "image" else "sparse",
+        "sparse": "sparse(pattern='strided')" if task == "image" else sparse,
         "longformer": f"longformer(window={long}, projections='shared')",
         "linformer": f"linformer(rank={rank}, sharing='layerwise')",
         "reformer": f"reformer(chunk={64 if full else 16})",

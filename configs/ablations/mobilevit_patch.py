@@ -8,7 +8,7 @@ side: a transformer sees one place of every patch, so larger patches mean shorte
 and less accurate. PATH is a folder with train/<class>/*, or a set of TFDS; cifar10 unless given.
 
 Scales: "small" has a MobileViT of two transformers on maps of 16 and 8 places, images of 32 x 32
-and 1,000 steps of 64, 2 to 4 minutes a row on two CPU cores; "paper" MobileViT-S on ImageNet by
+and 1,000 steps of 64, 10 to 25 minutes a row on a CPU core; "paper" MobileViT-S on ImageNet by
 DeiT's recipe (`configs/imagenet.py`) at 256 x 256.
 
 Traps: of the paper's rows 3, 3, 3 needs maps that 3 divides, and 8, 4, 2 a size for each map, which
