@@ -83,7 +83,7 @@ def block_attention(
     """
     mask = mask or Mask()
     mask.check(q.shape[1], k.shape[1])
-    check_heads(q, k)
+    check_heads(q.shape[2], k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     how = {"blocks": blocks, "mask": mask, "scale": scale, "slopes": slopes}
     return run("block_attention", backend, {"xla": Path(_xla)}, (q, k, v), how)

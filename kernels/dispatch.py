@@ -1,7 +1,7 @@
 """Which implementation of an op runs: a named one, or it raises; `auto`, the first proven one.
 
 proven.json has, by device, the ops whose kernels `python -m kernels.bench --prove` has found right
-there, and faster than XLA in every case that it ran.
+there, and faster than XLA in every measured case.
 """
 
 import functools

@@ -75,7 +75,7 @@ def linear_attention(
     """
     mask = mask or Mask()
     mask.check(q.shape[1], k.shape[1])
-    check_heads(q, k)
+    check_heads(q.shape[2], k)
     how = {"features": features, "log_scale": log_scale, "mask": mask, "chunk": chunk}
     paths = {
         "pallas": Path(fused_linear.linear, fused_linear.refuse_linear),
@@ -110,7 +110,7 @@ def causal_linear_attention(
     mask.check(q.shape[1], k.shape[1])
     if not mask.causal:
         raise ValueError("causal_linear_attention takes a causal mask: Mask(causal=True, ...)")
-    check_heads(q, k)
+    check_heads(q.shape[2], k)
     how = {"features": features, "log_scale": log_scale, "mask": mask, "chunk": chunk}
     paths = {
         "pallas": Path(fused_linear.causal, fused_linear.refuse_causal),
@@ -171,8 +171,7 @@ def linear_attention_sum(
     """
     mask = mask or Mask()
     mask.check(1, k.shape[1])
-    if heads % k.shape[2]:
-        raise ValueError(f"{k.shape[2]} key-value heads do not divide {heads} heads")
+    check_heads(heads, k)
     features, tokens = grouped(features or given, heads), tokens_of(k, v, log_scale, mask)
     return _summed(empty(k, tokens, features), tokens, features, 4 * chunk)
 

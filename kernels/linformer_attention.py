@@ -33,7 +33,7 @@ def linformer_attention(
         NotImplementedError: the op has no such backend.
     """
     Mask(keys=alive).check(q.shape[1], k.shape[1])
-    check_heads(q, k)
+    check_heads(q.shape[2], k)
     return run("linformer_attention", backend, PATHS, (q, k, v), {"alive": alive})
 
 

@@ -59,7 +59,7 @@ class Mask:
                 raise ValueError(f"mask.{name} has length {array.shape[-1]}, the keys have {keys}")
 
 
-def check_heads(q: Array, k: Array) -> None:
-    """Raise ValueError where the key-value heads of k [B,S,G,D] do not divide q's [B,T,H,D]."""
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"{k.shape[2]} key-value heads do not divide {q.shape[2]} heads")
+def check_heads(heads: int, k: Array) -> None:
+    """Raise ValueError where the key-value heads of k [B,S,G,D] do not divide `heads`, H."""
+    if heads % k.shape[2]:
+        raise ValueError(f"{k.shape[2]} key-value heads do not divide {heads} heads")

@@ -47,7 +47,7 @@ def softmax_attention(
     """
     mask = mask or Mask()
     mask.check(q.shape[1], k.shape[1])
-    check_heads(q, k)
+    check_heads(q.shape[2], k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     bias = None
     if slopes is not None:

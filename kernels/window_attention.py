@@ -37,7 +37,7 @@ def window_attention(
     """
     mask = mask or Mask()
     mask.check(q.shape[1], k.shape[1])
-    check_heads(q, k)
+    check_heads(q.shape[2], k)
     right = 0 if mask.causal else right
     how = {"left": left, "right": right, "dilation": dilation, "mask": mask, "slopes": slopes}
     paths = {"pallas": Path(fused_softmax.window, fused_softmax.refuse_window), "xla": Path(_xla)}
