@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels.dispatch import Backend, Path, run
+from kernels.fused import gated_delta as fused
 from kernels.mask import Mask
 from kernels.recurrence import Reach, causal, fade, scan_chunks, written
 
@@ -37,15 +38,17 @@ def gated_delta_rule(
     Chunks of `chunk` tokens run in parallel inside and one after the other: T (chunk (2 R + 2 Dv +
     chunk / 3) + 3 R Dv) multiply-adds a head, memory linear in T. `log_decay` is at most 0.
     `initial_state` belongs to the segment of the first token, the one returned to that of the last:
-    cutting a sequence in two and passing it on gives the whole.
+    cutting a sequence in two and passing it on gives the whole. backend="pallas" is
+    `kernels.fused.gated_delta.delta`, a TPU's: see there.
 
     Raises:
         ValueError: the mask is not causal or does not fit.
-        NotImplementedError: the op has no such backend.
+        NotImplementedError: the op has no such backend, or it does not take these arguments.
     """
     mask = causal(mask, q.shape[1])
     how = {"mask": mask, "chunk": chunk, "state": initial_state}
-    return run("gated_delta_rule", backend, {"xla": Path(_xla)}, (q, k, v, beta, log_decay), how)
+    paths = {"pallas": Path(fused.delta, fused.refuse_delta), "xla": Path(_xla)}
+    return run("gated_delta_rule", backend, paths, (q, k, v, beta, log_decay), how)
 
 
 def _xla(q, k, v, beta, log_decay, *, mask: Mask, chunk: int, state):

@@ -122,7 +122,7 @@ def _pass_backward(how: How, residuals, cotangents):
     log_decay = None
     if tokens.log_decay is not None:
         crossing = jnp.sum(last * dleft.sums, axis=(2, 3))[..., None]
-        log_decay = _cumsum_back(q_dq - k_dk) + crossing
+        log_decay = cumsum_back(q_dq - k_dk) + crossing
     grads = Tokens(
         grouped(dq, tokens.q), grouped(dk, tokens.k), grouped(dv, tokens.v), None,
         None if tokens.log_scale is None else k_dk, log_decay, None,
@@ -223,7 +223,8 @@ def grouped(x, like):
     return x.astype(like.dtype)
 
 
-def _cumsum_back(x):
+def cumsum_back(x):
+    """The sum of each number and those behind it."""
     return jnp.flip(jnp.cumsum(jnp.flip(x, -1), axis=-1), -1)
 
 

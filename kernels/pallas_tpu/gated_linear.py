@@ -22,13 +22,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels.pallas_tpu.carried import begin, by_block, finish
 from kernels.pallas_tpu.gated_plan import (
     LARGEST,
     blocks_of,
-    by_block,
     chunk_length,
     heads_of,
     plan_of,
@@ -70,7 +69,7 @@ def forward(q, k, v, log_decay, *, state, chunk: int, interpret=None):
     plan = plan_of((q, k, v), chunk)
 
     def body(at):
-        _begin(at)
+        begin(at)
         apart, order = _pairs(chunk)
         outs = []
         for unit in range(units(plan)):
@@ -85,7 +84,7 @@ def forward(q, k, v, log_decay, *, state, chunk: int, interpret=None):
             outs.append(chosen(plan, inside) + read)
             at.memory[unit] = _absorbed(plan, held, fading, v, times(fading.end, k))
         at.out[...] = jnp.concatenate(outs, axis=1).astype(at.out.dtype)
-        _finish(at, plan)
+        finish(at, plan)
 
     ins = tokens(plan, q=q, k=k, v=v, log_decay=log_decay) | state_in(plan, state)
     outs = {"out": wide(plan, v.dtype, plan.dim)} | state_out(plan)
@@ -112,7 +111,7 @@ def _query_grads(plan: Plan, arrays, *, state, interpret) -> dict[str, jax.Array
     """dq and q dq by channel, without the diagonal's part; chunks in order, states made again."""
 
     def queries(at):
-        _begin(at)
+        begin(at)
         apart, order = _pairs(plan.chunk)
         grads = []
         for unit in range(units(plan)):
@@ -144,8 +143,8 @@ def _key_grads(plan: Plan, arrays, *, dstate, crossing, interpret) -> dict[str, 
     """dk, dv, those of the decays and of the first state; the last chunk first."""
 
     def keys(at):
-        _begin(at)
-        _begin(at, "rest", "crossing")
+        begin(at)
+        begin(at, "rest", "crossing")
         apart, order = _pairs(plan.chunk)
         later = (order <= 0).astype(f32)  # [t, i]: i >= t
         grads = []
@@ -178,7 +177,7 @@ def _key_grads(plan: Plan, arrays, *, dstate, crossing, interpret) -> dict[str, 
         refs = at.dk, at.dv, at.dlog_decay
         for ref, parts in zip(refs, zip(*grads, strict=True), strict=True):
             ref[...] = jnp.concatenate(parts, axis=1).astype(ref.dtype)
-        _finish(at, plan)
+        finish(at, plan)
 
     k, v = arrays["k"], arrays["v"]
     outs = {
@@ -281,20 +280,3 @@ def _read(plan: Plan, at, unit: int, *names: str):
 def _alone(plan: Plan, x, a: int):
     """A unit's x, other heads' lanes 0."""
     return head_of(plan, x, a) if plan.shared > 1 else x
-
-
-def _begin(at, name: str = "memory", given: str = "state") -> None:
-    """At the first chunk: what is given, or nothing."""
-
-    @pl.when(pl.program_id(2) == 0)
-    def _():
-        ref = getattr(at, name)
-        ref[...] = getattr(at, given)[...] if hasattr(at, given) else jnp.zeros(ref.shape, f32)
-
-
-def _finish(at, plan: Plan) -> None:
-    """At the last chunk: what is left."""
-
-    @pl.when(pl.program_id(2) == plan.grid[2] - 1)
-    def _():
-        at.left[...] = at.memory[...]

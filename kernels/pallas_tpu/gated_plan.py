@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.fused.ways import Ways
+from kernels.pallas_tpu.carried import by_block
 from kernels.pallas_tpu.linear_plan import Array, Plan, f32, make_plan
 
 LARGEST = 256
@@ -41,12 +42,6 @@ def heads_of(plan: Plan, unit: int):
 def blocks_of(plan: Plan) -> tuple[int, int]:
     """Blocks of heads, and units of each."""
     return plan.grid[1], units(plan)
-
-
-def by_block(x) -> Array:
-    """An array [B, blocks, ...] of which a step has its block."""
-    none = (0,) * (x.ndim - 2)
-    return Array(x, (None, None, *x.shape[2:]), lambda b, h, c: (b, h, *none))
 
 
 def state_in(plan: Plan, state) -> dict[str, Array]:

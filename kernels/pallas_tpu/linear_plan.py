@@ -162,11 +162,11 @@ def wide(plan: Plan, dtype, channels: int) -> Array:
 def rows_of(plan: Plan) -> Array:
     """A result of one float32 number per token and head."""
     shape = (plan.batch, plan.heads, plan.grid[2], 1, plan.chunk)
-    return _line(plan, jax.ShapeDtypeStruct(shape, f32))
+    return by_chunk(plan, jax.ShapeDtypeStruct(shape, f32))
 
 
-def _line(plan: Plan, x) -> Array:
-    """Of numbers per token [B,H,N,n,C]."""
+def by_chunk(plan: Plan, x) -> Array:
+    """An array [B,H,N,...] of which a step has its heads' and its chunk's part."""
     block = (None, plan.packed, None, *x.shape[3:])
     return Array(x, block, lambda b, h, c: (b, h, c, 0, 0))
 
@@ -174,7 +174,7 @@ def _line(plan: Plan, x) -> Array:
 def lines(plan: Plan, **arrays) -> dict[str, Array]:
     """[B,H,T] arrays, those that are not None, as `lines` [B,H,N,n,C]."""
     given = [x for x in arrays.values() if x is not None]
-    return {"lines": _line(plan, _stacked(plan, given))} if given else {}
+    return {"lines": by_chunk(plan, _stacked(plan, given))} if given else {}
 
 
 def _stacked(plan: Plan, arrays):
@@ -201,7 +201,7 @@ def ways_in(plan: Plan, ways: Ways | None, inv_den=None, r=None) -> dict[str, Ar
             made["segment"] = count.astype(f32)[:, None]
     if inv_den is not None:
         made |= {"inv_den": inv_den, "r": r}
-    return {"vectors": _line(plan, _stacked(plan, made.values()))}
+    return {"vectors": by_chunk(plan, _stacked(plan, made.values()))}
 
 
 def weight_in(plan: Plan, projection: Projection | None, like) -> dict[str, Array]:

@@ -1,0 +1,273 @@
+"""The gated delta rule on TPU: the kernels of `kernels.fused.gated_delta`.
+
+A step of the grid is a chunk of some heads; chunks run in order, while the heads' states stay in
+VMEM. A chunk is solved by the inverse of its triangular system (`kernels.gated_delta_rule`), which
+is made and applied in float32; operands of other products have the inputs' dtype, sums are float32.
+The gradient first runs forward again, and writes what each chunk begins with and its inverse.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels.fused.ways import Ways
+from kernels.pallas_tpu.carried import begin, by_block, finish
+from kernels.pallas_tpu.linear_body import Vectors, factors_of, lanes_of, product, times
+from kernels.pallas_tpu.linear_plan import (
+    LANES,
+    Plan,
+    by_chunk,
+    call,
+    f32,
+    joined,
+    lines,
+    make_plan,
+    rows_of,
+    tokens,
+    ways_in,
+    wide,
+)
+
+LARGEST = 512
+"""The most channels of a head."""
+CHUNK = 64
+"""Tokens of a chunk."""
+BESIDE = 2
+"""Heads of a step; those of one fill waits of the other."""
+
+
+def refuse(q, k, v) -> str | None:
+    """Why these kernels do not take a case, and what to do; None where they do."""
+    if v.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"the TPU kernels take bfloat16 and float32, not {v.dtype}: cast q, k and v"
+    if max(q.shape[3], v.shape[3]) > LARGEST:
+        widths = f"{q.shape[3]} and {v.shape[3]}"
+        return f"heads have {widths} channels, the kernels take {LARGEST}: use backend='xla'"
+    return None
+
+
+def forward(q, k, v, ways: Ways, beta, *, state, interpret=None):
+    """See `kernels.fused.gated_delta`."""
+    plan, arrays = _planned(ways, q=q, k=k, v=v)
+
+    def body(at):
+        begin(at)
+        outs = []
+        for a in range(plan.packed):
+            here = _chunk(plan, at, a, at.memory[a])
+            q, weights = lanes_of(plan, at.q[...], a), _weights(plan, at, a, here)
+            read = product(q, here.held.astype(q.dtype), 1, 0)
+            inside = product(weights.astype(q.dtype), here.change.astype(q.dtype), 1, 0)
+            outs.append(inside + here.vectors.col("start") * read)
+            at.memory[a] = _absorbed(here)
+        at.out[...] = jnp.concatenate(outs, axis=1).astype(at.out.dtype)
+        finish(at, plan)
+
+    ins = _ins(plan, arrays, ways, beta) | _state_in(plan, state)
+    outs = {"out": wide(plan, v.dtype, plan.dim)} | _state_out(plan)
+    made = call(body, plan, ins, outs, scratch=_scratch(plan), interpret=interpret)
+    return _heads(plan, made["out"], v.shape[3]), _state_of(plan, made, q, v)
+
+
+def backward(q, k, v, ways: Ways, beta, *, dout, state, dstate, interpret=None):
+    """See `kernels.fused.gated_delta`."""
+    plan, arrays = _planned(ways, q=q, k=k, v=v, dout=dout)
+    ins = _ins(plan, arrays, ways, beta)
+    again = _again(plan, ins, state, interpret)
+
+    def body(at):
+        begin(at)
+        grads = []
+        for a in range(plan.packed):
+            *wide_ones, dbeta, passed = _grads(plan, at, a)
+            grads.append(wide_ones)
+            at.dbeta[a], at.passed[a] = jnp.transpose(dbeta), jnp.transpose(passed)
+        for ref, parts in zip((at.dq, at.dk, at.dv), zip(*grads, strict=True), strict=True):
+            ref[...] = jnp.concatenate(parts, axis=1).astype(ref.dtype)
+        finish(at, plan)
+
+    wanted = {"dq": q, "dk": k, "dv": v}
+    outs = {name: wide(plan, x.dtype, _whole(x.shape[3])) for name, x in wanted.items()}
+    outs |= {"dbeta": rows_of(plan), "passed": rows_of(plan)}
+    made = call(
+        body, plan._replace(backwards=True),
+        ins | {name: by_chunk(plan, x) for name, x in again.items()} | _state_in(plan, dstate),
+        outs | _state_out(plan), scratch=_scratch(plan), interpret=interpret,
+    )  # fmt: skip
+    dq, dk, dv = (_heads(plan, made[name], x.shape[3]) for name, x in wanted.items())
+    rows = joined(made["dbeta"]), joined(made["passed"])
+    return dq, dk, dv, *rows, _state_of(plan, made, q, v)
+
+
+def _again(plan: Plan, ins, state, interpret) -> dict[str, jax.Array]:
+    """The state before each chunk [B,H,N,R,Dv], and its inverse [B,H,N,C,C], in float32."""
+
+    def body(at):
+        begin(at)
+        for a in range(plan.packed):
+            here = _chunk(plan, at, a, at.memory[a])
+            at.before[a], at.inverse[a] = here.held, here.inverse
+            at.memory[a] = _absorbed(here)
+
+    chunks = plan.batch, plan.heads, plan.grid[2]
+    shapes = {"before": (plan.depth, plan.dim), "inverse": (plan.chunk, plan.chunk)}
+    outs = {
+        name: by_chunk(plan, jax.ShapeDtypeStruct((*chunks, *shape), f32))
+        for name, shape in shapes.items()
+    }
+    ins = {name: x for name, x in ins.items() if name not in ("q", "dout")}
+    ins |= _state_in(plan, state)
+    return call(body, plan, ins, outs, scratch=_scratch(plan), interpret=interpret)
+
+
+class _Chunk(NamedTuple):
+    """A head's chunk, float32 but for its keys. order: i - j; within: what of key j token i > j
+    meets; products: <k_i, k_j>; held: the state before; wrong: values less what is held under
+    their keys; change: what every token really writes.
+    """
+
+    vectors: Vectors
+    order: jax.Array
+    k: jax.Array
+    beta: jax.Array
+    within: jax.Array
+    products: jax.Array
+    held: jax.Array
+    inverse: jax.Array
+    wrong: jax.Array
+    change: jax.Array
+
+
+def _chunk(plan: Plan, at, a: int, held, inverse=None) -> _Chunk:
+    """Head a's chunk after the state `held`; its inverse is made unless it is given."""
+    vectors, beta = Vectors(plan, at, a, False), factors_of(at, a)
+    k, v = (lanes_of(plan, x[...], a) for x in (at.k, at.v))
+    i, j = (jax.lax.broadcasted_iota(jnp.int32, (plan.chunk,) * 2, axis) for axis in (0, 1))
+    within = jnp.where(vectors.seen() & (i > j), vectors.within(), 0.0)
+    products = product(k, k, 1, 1)
+    if inverse is None:
+        inverse = _unit_lower_inverse(beta * products * within, i ^ j)
+    wrong = v.astype(f32) - vectors.col("start") * product(k, held.astype(k.dtype), 1, 0)
+    change = product(inverse, beta * wrong, 1, 0)
+    return _Chunk(vectors, i - j, k, beta, within, products, held, inverse, wrong, change)
+
+
+def _unit_lower_inverse(a, apart):
+    """(I + A)^-1, A below its diagonal; apart = i ^ j.
+
+    The blocks of `kernels.gated_delta_rule.unit_lower_inverse`, those of one size in one matrix.
+    """
+    made = jnp.where(apart == 0, 1.0, jnp.where(apart == 1, -a, 0.0))
+    half = 2
+    while half < a.shape[0]:
+        low = jnp.where((apart >= half) & (apart < 2 * half), a, 0.0)
+        made -= product(product(made, low, 1, 0), made, 1, 0)
+        half *= 2
+    return made
+
+
+def _weights(plan: Plan, at, a: int, here: _Chunk):
+    """<q_i, k_j> with what is left of it, 0 where i does not see j."""
+    weights = product(lanes_of(plan, at.q[...], a), here.k, 1, 1) * here.vectors.within()
+    return jnp.where(here.vectors.seen(), weights, 0.0)
+
+
+def _absorbed(here: _Chunk):
+    """The state after a chunk."""
+    leaving = times(here.vectors.col("end"), here.k)
+    new = product(leaving, here.change.astype(here.k.dtype), 0, 0)
+    return here.vectors.keep() * here.held + new
+
+
+def _grads(plan: Plan, at, a: int):
+    """dq, dk, dv, dbeta and, of what fades on its way, read less written; the state's gradient is
+    brought to the chunk's beginning.
+    """
+    q, dout = (lanes_of(plan, x[...], a) for x in (at.q, at.dout))
+    here, dheld = _chunk(plan, at, a, at.before[a], at.inverse[a]), at.memory[a]
+    vectors, k, beta, dtype = here.vectors, here.k, here.beta, q.dtype
+    start, end, seen = vectors.col("start"), vectors.col("end"), vectors.seen()
+    held, after, change = (x.astype(dtype) for x in (here.held, dheld, here.change))
+
+    dchange = product(_weights(plan, at, a, here).astype(dtype), dout, 0, 0)
+    dchange += product(times(end, k), after, 1, 0)
+    dwrong = product(here.inverse, dchange, 0, 0)
+    dv = beta * dwrong
+    # of the system, by <k_i, k_j>: and of the weights, by <q_i, k_j>
+    dsystem = -product(dwrong.astype(dtype), change, 1, 1) * here.within
+    by_keys = (beta * dsystem).astype(dtype)
+    by_queries = jnp.where(seen, product(dout, change, 1, 1) * vectors.within(), 0.0).astype(dtype)
+
+    dq = product(by_queries, k, 1, 0) + start * product(dout, held, 1, 1)
+    read = product(by_keys, k, 1, 0) - start * product(dv.astype(dtype), held, 1, 1)
+    written = product(by_keys, k, 0, 0) + product(by_queries, q, 0, 0)
+    written += end * product(change, after, 1, 1)
+    dbeta = _total(dwrong * here.wrong) + _total(dsystem * here.products)
+    passed = _total(q.astype(f32) * dq) + _total(k.astype(f32) * (read - written))
+    at.memory[a] = (
+        vectors.keep() * dheld
+        + product(times(start, q), dout, 0, 0)
+        - product(times(start, k), dv.astype(dtype), 0, 0)
+    )
+    return dq, read + written, dv, dbeta, passed
+
+
+def _total(x):
+    """The sum of each row [C, 1]."""
+    return jnp.sum(x, axis=1, keepdims=True)
+
+
+def _planned(ways: Ways, **arrays):
+    """The plan of a call, and its arrays with every head's channels filled up to whole lanes."""
+    filled = {name: _fill(x, 3) for name, x in arrays.items()}
+    plan = make_plan(tuple(filled[n] for n in "qkv"), None, CHUNK, ways)
+    return plan._replace(packed=math.gcd(plan.heads, BESIDE)), filled
+
+
+def _whole(channels: int) -> int:
+    """As many channels, filled up to whole lanes."""
+    return -(-channels // LANES) * LANES
+
+
+def _fill(x, *axes: int):
+    """Zeros behind, up to whole lanes."""
+    return jnp.pad(x, [(0, _whole(n) - n if i in axes else 0) for i, n in enumerate(x.shape)])
+
+
+def _ins(plan: Plan, arrays, ways: Ways, beta):
+    return tokens(plan, **arrays) | ways_in(plan, ways) | lines(plan, beta=beta)
+
+
+def _heads(plan: Plan, x, channels: int):
+    """[B,T,H channels] as [B,T,H,D], what was filled up taken away."""
+    return x.reshape(*x.shape[:2], plan.heads, -1)[..., :channels]
+
+
+def _state_in(plan: Plan, state):
+    """[B,H,R,Dv] as [B,blocks,heads of a block,R,Dv] of whole lanes."""
+    if state is None:
+        return {}
+    state = _fill(state, 2, 3)
+    return {"state": by_block(state.reshape(plan.batch, *_blocks(plan), *state.shape[2:]))}
+
+
+def _state_out(plan: Plan):
+    shape = (plan.batch, *_blocks(plan), plan.depth, plan.dim)
+    return {"left": by_block(jax.ShapeDtypeStruct(shape, f32))}
+
+
+def _state_of(plan: Plan, made, q, v):
+    left = made["left"].reshape(plan.batch, plan.heads, plan.depth, plan.dim)
+    return left[:, :, : q.shape[3], : v.shape[3]]
+
+
+def _blocks(plan: Plan) -> tuple[int, int]:
+    return plan.grid[1], plan.packed
+
+
+def _scratch(plan: Plan):
+    """The states between chunks."""
+    return {"memory": pltpu.VMEM((plan.packed, plan.depth, plan.dim), f32)}

@@ -1,0 +1,140 @@
+"""The gated delta rule by its kernels on a simulated TPU, against its recurrence.
+
+Outputs, last states and all gradients; the recurrence is in float64.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import Mask, gated_delta_rule, reference
+from kernels.target import use
+from tests import support
+from tests.kernels.compare import agree, both
+from tests.kernels.recurrent import causal_mask, decays, joined, tokens
+from tests.kernels.simulated import SIMULATOR, pallas
+
+pytestmark = pallas
+slow = pytest.mark.slow
+LENGTHS = (1, 7, 63, 100, 257)
+
+
+def fused(*args, interpret=True, **options):
+    """The op by its kernels, outputs and state in one array."""
+    with use("tpu", interpret):
+        return joined(gated_delta_rule)(*args, backend="pallas", **options)
+
+
+def problem(length, *, heads=2, key=32, value=32, top=2.0, **options):
+    """Keys of length 1; beta in (0, top); decays from 1 to e^-20."""
+    given = tokens(length, heads=heads, groups=heads, key=key, value=value, **options)
+    given["k"] /= np.linalg.norm(given["k"], axis=-1, keepdims=True)
+    shape = given["v"].shape[:3]
+    beta = np.random.default_rng(3).uniform(0, top, shape).astype(np.float32)
+    return given | {"beta": beta, "log_decay": decays(shape)}
+
+
+def result(given, mask, **options):
+    recurrence = joined(reference.gated_delta_rule)
+    return both(fused, recurrence, given, causal_mask(mask, given["v"].shape[1]), **options)
+
+
+@pytest.mark.parametrize(
+    ("length", "mask", "how"),
+    [(150, "all", {"heads": 3}), (7, "causal", {"key": 96, "value": 192})]
+    + [
+        pytest.param(length, mask, how, marks=slow)
+        for how in ({}, {"key": 64, "value": 128}, {"key": 128, "value": 256, "batch": 1})
+        for mask in ("causal", "all")
+        for length in LENGTHS
+        if mask == "causal" or how.get("batch") != 1  # masks are of four rows
+    ],
+)
+def test_output_state_and_gradients_are_the_recurrences(length, mask, how):
+    """With padding, segments and states; widths of whole lanes and others."""
+    agree(result(problem(length, **how), mask), forward=1e-5, backward=2e-5)
+
+
+@slow
+def test_bfloat16_is_a_rounding_away():
+    agree(result(problem(150), "all", dtype=jnp.bfloat16), forward=5e-3, backward=1e-2)
+
+
+@slow
+@pytest.mark.parametrize(("top", "forward"), [(1.0, 1e-5), (1.99, 1e-4)])
+def test_a_token_repeated_three_hundred_times(top, forward):
+    """Powers of the chunk's matrix grow as binomials; nothing may be computed from them."""
+    given = problem(300, batch=1)
+    given["k"][:] = given["k"][:1, :1]
+    given["beta"][:], given["log_decay"][:] = top, 0.0
+    agree(result(given, "none"), forward=forward, backward=2 * forward)
+
+
+def loss(given, interpret=True):
+    out = fused(**given, mask=Mask(causal=True), interpret=interpret)
+    return jnp.sum(jnp.sin(out))
+
+
+def run(interpret=True):
+    """The op's loss and its gradient by all that it is given."""
+    return jax.value_and_grad(functools.partial(loss, interpret=interpret))
+
+
+def quick(function):
+    return jax.jit(function, compiler_options=support.fast())
+
+
+def same(found, expected):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.isfinite(a).all()
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@slow
+def test_the_simulator_of_tpu_finds_no_race_and_nothing_unwritten():
+    given = jax.tree.map(jnp.asarray, problem(140, batch=1))
+    same(quick(run(SIMULATOR))(given), quick(run())(given))
+
+
+@slow
+def test_vmap_and_checkpoint():
+    given = jax.tree.map(jnp.asarray, problem(20))
+
+    def mapped(given):
+        apart = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), given)
+        return jnp.sum(jax.vmap(jax.checkpoint(loss))(apart))
+
+    same(quick(jax.value_and_grad(mapped))(given), quick(run())(given))
+
+
+def test_without_decay_is_a_decay_of_one():
+    given = jax.tree.map(jnp.asarray, problem(20, batch=1))
+    still = given | {"log_decay": jnp.zeros_like(given["log_decay"])}
+    del given["log_decay"]
+    np.testing.assert_array_equal(quick(loss)(given), quick(loss)(still))
+
+
+def test_export_for_tpu():
+    given = {
+        name: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if name in "qkv" else jnp.float32)
+        for name, x in problem(300, batch=2, heads=4, key=96, value=192).items()
+    }
+    made = jax.export.export(jax.jit(run(None)), platforms=["tpu"])(given)
+    assert made.mlir_module().count("tpu_custom_call") == 3
+
+
+@pytest.mark.parametrize(
+    ("reason", "chip", "dtype", "key"),
+    [
+        ("for TPUs, not for hopper", "hopper", jnp.float32, 32),
+        ("float16", "tpu", jnp.float16, 32),
+        ("576 and 32 channels, the kernels take 512", "tpu", jnp.float32, 576),
+    ],
+)
+def test_what_no_kernel_takes_is_refused_with_a_reason(reason, chip, dtype, key):
+    given = {name: jnp.asarray(x, dtype) for name, x in problem(9, batch=1, key=key).items()}
+    with use(chip), pytest.raises(NotImplementedError, match=reason):
+        gated_delta_rule(**given, backend="pallas")
