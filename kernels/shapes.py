@@ -24,6 +24,9 @@ Pass = Literal["forward", "training"]
 PASSES: tuple[Pass, ...] = ("forward", "training")
 CHUNK = 64
 """Tokens in a chunk of linear attention, as operations are counted: Helion's and FLA's."""
+FADING = ("gated_linear_attention", "gated_delta_rule")
+LINEAR = ("linear_attention", "favor_attention", *FADING)
+DIFFERENTIATED = ("q", "k", "v", "beta", "log_decay")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,9 @@ def arguments(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
     key_heads = case.groups or h
     made = {"q": (b, t, h, d), "k": (b, case.keys, key_heads, d), "v": (b, case.keys, key_heads, d)}
     shapes = {n: jax.ShapeDtypeStruct(s, jnp.dtype(case.dtype)) for n, s in made.items()}
-    if case.op == "gated_linear_attention":
+    if case.op == "gated_delta_rule":
+        shapes["beta"] = jax.ShapeDtypeStruct((b, t, h), jnp.float32)
+    if case.op in FADING:
         shape = (b, t, h, d) if case.channels else (b, t, h)
         shapes["log_decay"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     if case.op == "favor_attention":
@@ -88,6 +93,10 @@ def draw(case: Case, seed: int = 0) -> dict[str, jax.Array]:
         x = jax.random.normal(keys[name], aval.shape)
         if name in ("q", "k") and case.op == "linear_attention":  # features
             x = jnp.exp(0.3 * x)
+        if name == "k" and case.op == "gated_delta_rule":
+            x /= jnp.linalg.norm(x, axis=-1, keepdims=True)
+        if name == "beta":
+            x = jax.nn.sigmoid(x)
         if name == "log_decay":  # retention's range: a memory of 8 to 256 tokens
             fading = jnp.log1p(-jnp.exp2(-jnp.linspace(3, 8, case.heads)))
             x = jnp.broadcast_to(fading[:, None] if case.channels else fading, x.shape)
@@ -124,14 +133,14 @@ def function(case: Case, backend: Backend = "auto") -> Callable[..., jax.Array]:
 def gradient(case: Case, backend: Backend = "auto") -> Callable[..., tuple[jax.Array, ...]]:
     """(out, gradients) as a function of the arrays, and of the cotangent after them.
 
-    Gradients are those of q, k, v and the decay.
+    Gradients are those of the arrays in `DIFFERENTIATED`.
     """
     return differentiated(case, function(case, backend))
 
 
 def differentiated(case: Case, call: Callable[..., Any]) -> Callable[..., tuple[jax.Array, ...]]:
     """`gradient` of another function of the same arrays."""
-    wanted = [i for i, n in enumerate(arguments(case)) if n in ("q", "k", "v", "log_decay")]
+    wanted = [i for i, n in enumerate(arguments(case)) if n in DIFFERENTIATED]
 
     def both(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         *given, cotangent = arrays
@@ -162,7 +171,7 @@ def traffic(case: Case, run: Pass) -> int:
     decays = rows * 4 // element if case.channels else 0
     if run == "forward":
         return forward + decays
-    if case.causal and _linear(case):
+    if case.causal and case.op in LINEAR:
         return forward + 4 * rows + 6 * columns + 4 * decays
     return forward + 4 * rows + 4 * columns
 
@@ -170,11 +179,16 @@ def traffic(case: Case, run: Pass) -> int:
 def work(case: Case, run: Pass) -> int:
     """Floating-point operations of the matrix products, a multiply-add being two.
 
-    Linear attention is counted in chunks of `CHUNK`: its kernels may take another size. Attention
-    with a softmax counts the pairs that are seen, two products forward and five backward.
+    Linear attention is counted in chunks of `CHUNK`: its kernels may take another size; so is the
+    delta rule, whose states and inverses are made again backward.
+    Attention with a softmax counts the pairs that are seen, two products forward and five backward.
     """
     d, rows = case.dim, case.batch * case.heads * case.length
-    if _linear(case):
+    if case.op == "gated_delta_rule":
+        inverse = 2 * CHUNK**2 // 3
+        forward = rows * (8 * CHUNK * d + 6 * d * d + inverse)
+        backward = rows * (26 * CHUNK * d + 18 * d * d + inverse)
+    elif case.op in LINEAR:
         r = case.rank or d
         within = CHUNK * (r + d) if case.causal else 0
         made = 2 * d * r * (case.op == "favor_attention")  # logits of a query or of a key
@@ -206,10 +220,6 @@ def _before(length: int, window: int) -> int:
     return window * length - window * (window + 1) // 2
 
 
-def _linear(case: Case) -> bool:
-    return case.op in ("linear_attention", "favor_attention", "gated_linear_attention")
-
-
 def _cases(
     op: str, *sizes: tuple[int, int, int, int], causal: bool = False, groups: int = 0,
     rank: int = 0, window: int = 0, segments: int = 0, channels: bool = False,
@@ -239,6 +249,7 @@ SHIPPED = (
     *_cases("linear_attention", (1, 8192, 4, 128), causal=True, segments=4),
     *_cases("gated_linear_attention", (1, 8192, 4, 128), (1, 8192, 4, 64), causal=True),
     *_cases("gated_linear_attention", (1, 8192, 4, 128), causal=True, channels=True),
+    *_cases("gated_delta_rule", (1, 8192, 4, 128), (1, 8192, 4, 64), causal=True),
     *_cases("favor_attention", (1, 8192, 4, 64), (1, 8192, 4, 128), causal=True, rank=256),
     *_cases("favor_attention", (1, 8192, 4, 64), (1, 8192, 4, 128), rank=256),
     *_cases("linformer_attention", (1, 8192, 4, 64), (1, 8192, 4, 128), rank=256),
@@ -257,6 +268,7 @@ MEASURED = (
     *_cases("window_attention", (1, 16384, 8, 64), (1, 16384, 16, 128), window=512, causal=True),
     *_cases("window_attention", (4, 4096, 16, 128), (1, 65536, 8, 64), window=512, causal=True),
     *_cases("gated_linear_attention", *PUBLISHED, causal=True),
+    *_cases("gated_delta_rule", *PUBLISHED, causal=True),
     *_cases("favor_attention", *LRA, rank=256),
     *_cases("linear_attention", *LRA),
     *_cases("linformer_attention", *LRA, rank=256),
@@ -275,6 +287,7 @@ QUICK = (
     *_cases("linformer_attention", (1, 512, 2, 64), rank=64, dtype="float32"),
     *_cases("window_attention", (1, 512, 2, 64), window=64, causal=True, dtype="float32"),
     *_cases("gated_linear_attention", (1, 512, 2, 64), causal=True, dtype="float32"),
+    *_cases("gated_delta_rule", (1, 512, 2, 64), causal=True, dtype="float32"),
     *_cases("softmax_attention", (1, 512, 2, 64), causal=True, dtype="float32"),
 )
 """One small case of each op: a try of the machinery, a second on a CPU."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from kernels.shapes import Case, arguments
+from kernels.shapes import DIFFERENTIATED, Case, arguments
 
 Arrays = tuple[Any, ...]
 DENSE = "softmax_attention", "window_attention", "linformer_attention"
@@ -80,6 +80,9 @@ def _fla(case: Case) -> Callable[..., Any]:
     if case.op == DECAYING:
         gated = package("fla.ops.simple_gla").chunk_simple_gla
         return lambda q, k, v, g: gated(q, k, v, g=g, scale=1.0)[0]
+    if case.op == "gated_delta_rule":
+        delta = package("fla.ops.gated_delta_rule").chunk_gated_delta_rule
+        return lambda q, k, v, beta, g: delta(q, k, v, g=g, beta=beta, scale=1.0)[0]
     linear = package("fla.ops.linear_attn").chunk_linear_attn
     return lambda q, k, v: linear(q, k, v, scale=1.0, normalize=True)[0]
 
@@ -88,7 +91,7 @@ RIVALS: dict[str, Rival] = {
     "cudnn": Rival(_cudnn, DENSE),
     "tokamax": Rival(_tokamax, DENSE),
     "jla": Rival(_jla, (DECAYING,)),
-    "fla": Rival(_fla, ("linear_attention", DECAYING), torch=True),
+    "fla": Rival(_fla, ("linear_attention", DECAYING, "gated_delta_rule"), torch=True),
 }
 
 
@@ -98,9 +101,9 @@ def of(case: Case) -> list[str]:
 
 
 def torch_gradient(call: Callable[..., Any], case: Case) -> Callable[..., Arrays]:
-    """(out, gradients of q, k, v and the decay) by torch, as `shapes.gradient` has them."""
+    """(out, gradients) by torch, as `shapes.gradient` has them."""
     torch = package("torch")
-    wanted = [i for i, n in enumerate(arguments(case)) if n in ("q", "k", "v", "log_decay")]
+    wanted = [i for i, n in enumerate(arguments(case)) if n in DIFFERENTIATED]
 
     def both(*arrays):
         *given, cotangent = arrays

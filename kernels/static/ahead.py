@@ -22,7 +22,7 @@ from kernels.static.reports import gpu_figures, tpu_figures
 HERE = Path(__file__).parent
 DUMPS_ABORT = "AnalyzeBundles", "Static LLO profiling", "DumpStaticLloProfile"
 """libtpu's estimator aborts the process on some kernels that compile well, or never ends."""
-COUNTED = ("linear_attention", "gated_linear_attention", "favor_attention")
+COUNTED = ("linear_attention", "gated_linear_attention", "favor_attention", "gated_delta_rule")
 """Ops on whose gradients it never ends, or takes minutes: it is not asked."""
 PATIENCE = 75
 """Seconds of a processor for one case: a compiler takes some 30."""

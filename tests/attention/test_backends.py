@@ -20,6 +20,7 @@ ON_TPU = (
     "retention",
     "mamba2",
     pytest.param("gla", marks=pytest.mark.slow),
+    pytest.param("gated_delta", marks=pytest.mark.slow),
 )
 LENGTH = 20
 
