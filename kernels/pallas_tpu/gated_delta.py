@@ -33,9 +33,9 @@ from kernels.pallas_tpu.linear_plan import (
 
 LARGEST = 512
 """The most channels of a head."""
-CHUNK = 64
+CHUNK = 128
 """Tokens of a chunk."""
-BESIDE = 2
+BESIDE = 4
 """Heads of a step; those of one fill waits of the other."""
 
 
@@ -55,13 +55,13 @@ def forward(q, k, v, ways: Ways, beta, *, state, interpret=None):
 
     def body(at):
         begin(at)
-        outs = []
-        for a in range(plan.packed):
-            here = _chunk(plan, at, a, at.memory[a])
-            q, weights = lanes_of(plan, at.q[...], a), _weights(plan, at, a, here)
+        outs, systems = [], _systems(plan, at)
+        for a, inverse in enumerate(_inverses(plan, systems)):
+            here = _solved(plan, at, a, systems[a], inverse, at.memory[a])
+            q, weights = lanes_of(plan, at.q[...], a), _weights(plan, at, a, systems[a])
             read = product(q, here.held.astype(q.dtype), 1, 0)
             inside = product(weights.astype(q.dtype), here.change.astype(q.dtype), 1, 0)
-            outs.append(inside + here.vectors.col("start") * read)
+            outs.append(inside + systems[a].vectors.col("start") * read)
             at.memory[a] = _absorbed(here)
         at.out[...] = jnp.concatenate(outs, axis=1).astype(at.out.dtype)
         finish(at, plan)
@@ -81,8 +81,8 @@ def backward(q, k, v, ways: Ways, beta, *, dout, state, dstate, interpret=None):
     def body(at):
         begin(at)
         grads = []
-        for a in range(plan.packed):
-            *wide_ones, dbeta, passed = _grads(plan, at, a)
+        for a, system in enumerate(_systems(plan, at)):
+            *wide_ones, dbeta, passed = _grads(plan, at, a, system)
             grads.append(wide_ones)
             at.dbeta[a], at.passed[a] = jnp.transpose(dbeta), jnp.transpose(passed)
         for ref, parts in zip((at.dq, at.dk, at.dv), zip(*grads, strict=True), strict=True):
@@ -107,8 +107,9 @@ def _again(plan: Plan, ins, state, interpret) -> dict[str, jax.Array]:
 
     def body(at):
         begin(at)
-        for a in range(plan.packed):
-            here = _chunk(plan, at, a, at.memory[a])
+        systems = _systems(plan, at)
+        for a, inverse in enumerate(_inverses(plan, systems)):
+            here = _solved(plan, at, a, systems[a], inverse, at.memory[a])
             at.before[a], at.inverse[a] = here.held, here.inverse
             at.memory[a] = _absorbed(here)
 
@@ -123,81 +124,108 @@ def _again(plan: Plan, ins, state, interpret) -> dict[str, jax.Array]:
     return call(body, plan, ins, outs, scratch=_scratch(plan), interpret=interpret)
 
 
-class _Chunk(NamedTuple):
-    """A head's chunk, float32 but for its keys. order: i - j; within: what of key j token i > j
-    meets; products: <k_i, k_j>; held: the state before; wrong: values less what is held under
-    their keys; change: what every token really writes.
+class _System(NamedTuple):
+    """What a head's chunk has to solve, float32 but for the keys: (I + A) change = beta wrong, A =
+    beta <k_i, k_j> within_ij. within: what of key j is left when i > j meets it.
     """
 
     vectors: Vectors
-    order: jax.Array
     k: jax.Array
     beta: jax.Array
     within: jax.Array
     products: jax.Array
-    held: jax.Array
+
+
+class _Chunk(NamedTuple):
+    """A head's solved chunk. held: the state before; wrong: values less what is held under their
+    keys; change: what every token really writes.
+    """
+
+    system: _System
     inverse: jax.Array
+    held: jax.Array
     wrong: jax.Array
     change: jax.Array
 
 
-def _chunk(plan: Plan, at, a: int, held, inverse=None) -> _Chunk:
-    """Head a's chunk after the state `held`; its inverse is made unless it is given."""
-    vectors, beta = Vectors(plan, at, a, False), factors_of(at, a)
-    k, v = (lanes_of(plan, x[...], a) for x in (at.k, at.v))
+def _systems(plan: Plan, at) -> list[_System]:
+    """Those of every head of a step."""
+    made = []
     i, j = (jax.lax.broadcasted_iota(jnp.int32, (plan.chunk,) * 2, axis) for axis in (0, 1))
-    within = jnp.where(vectors.seen() & (i > j), vectors.within(), 0.0)
-    products = product(k, k, 1, 1)
-    if inverse is None:
-        inverse = _unit_lower_inverse(beta * products * within, i ^ j)
-    wrong = v.astype(f32) - vectors.col("start") * product(k, held.astype(k.dtype), 1, 0)
-    change = product(inverse, beta * wrong, 1, 0)
-    return _Chunk(vectors, i - j, k, beta, within, products, held, inverse, wrong, change)
+    for a in range(plan.packed):
+        vectors, k = Vectors(plan, at, a, False), lanes_of(plan, at.k[...], a)
+        within = jnp.where(vectors.seen() & (i > j), vectors.within(), 0.0)
+        made.append(_System(vectors, k, factors_of(at, a), within, product(k, k, 1, 1)))
+    return made
 
 
-def _unit_lower_inverse(a, apart):
-    """(I + A)^-1, A below its diagonal; apart = i ^ j.
+def _inverses(plan: Plan, systems: list[_System]) -> list[jax.Array]:
+    """(I + A)^-1 of every system, in turns: the steps of one wait for each other.
 
     The blocks of `kernels.gated_delta_rule.unit_lower_inverse`, those of one size in one matrix.
     """
-    made = jnp.where(apart == 0, 1.0, jnp.where(apart == 1, -a, 0.0))
-    half = 2
-    while half < a.shape[0]:
-        low = jnp.where((apart >= half) & (apart < 2 * half), a, 0.0)
-        made -= product(product(made, low, 1, 0), made, 1, 0)
+    i, j = (jax.lax.broadcasted_iota(jnp.int32, (plan.chunk,) * 2, axis) for axis in (0, 1))
+    apart, half, like = i ^ j, 2, systems[0].k
+    given = [x.beta * x.products * x.within for x in systems]
+    made = [jnp.where(apart == 0, 1.0, jnp.where(apart == 1, -x, 0.0)) for x in given]
+    while half < plan.chunk:
+        there = (apart >= half) & (apart < 2 * half)
+        low = [
+            _precise(y, jnp.where(there, x, 0.0), 1, like) for x, y in zip(given, made, strict=True)
+        ]
+        made = [y - _precise(x, y, 1, like) for x, y in zip(low, made, strict=True)]
         half *= 2
     return made
 
 
-def _weights(plan: Plan, at, a: int, here: _Chunk):
+def _solved(plan: Plan, at, a: int, system: _System, inverse, held) -> _Chunk:
+    """Head a's chunk after the state `held`."""
+    k, v = system.k, lanes_of(plan, at.v[...], a).astype(f32)
+    wrong = v - system.vectors.col("start") * product(k, held.astype(k.dtype), 1, 0)
+    return _Chunk(system, inverse, held, wrong, _precise(inverse, system.beta * wrong, 1, k))
+
+
+def _precise(x, y, i: int, like):
+    """x y over dimension i of x: as float32, or, beside bfloat16 inputs, in two parts each, of
+    which the product of the small ones is left out.
+    """
+    if like.dtype == f32:
+        return product(x, y, i, 0)
+    high, low = zip(*((part.astype(like.dtype), part) for part in (x, y)), strict=True)
+    low = [(part - big.astype(f32)).astype(like.dtype) for part, big in zip(low, high, strict=True)]
+    pairs = ((high[0], high[1]), (high[0], low[1]), (low[0], high[1]))
+    return sum(product(a, b, i, 0) for a, b in pairs)
+
+
+def _weights(plan: Plan, at, a: int, system: _System):
     """<q_i, k_j> with what is left of it, 0 where i does not see j."""
-    weights = product(lanes_of(plan, at.q[...], a), here.k, 1, 1) * here.vectors.within()
-    return jnp.where(here.vectors.seen(), weights, 0.0)
+    weights = product(lanes_of(plan, at.q[...], a), system.k, 1, 1) * system.vectors.within()
+    return jnp.where(system.vectors.seen(), weights, 0.0)
 
 
 def _absorbed(here: _Chunk):
     """The state after a chunk."""
-    leaving = times(here.vectors.col("end"), here.k)
-    new = product(leaving, here.change.astype(here.k.dtype), 0, 0)
-    return here.vectors.keep() * here.held + new
+    vectors, k = here.system.vectors, here.system.k
+    new = product(times(vectors.col("end"), k), here.change.astype(k.dtype), 0, 0)
+    return vectors.keep() * here.held + new
 
 
-def _grads(plan: Plan, at, a: int):
+def _grads(plan: Plan, at, a: int, system: _System):
     """dq, dk, dv, dbeta and, of what fades on its way, read less written; the state's gradient is
     brought to the chunk's beginning.
     """
     q, dout = (lanes_of(plan, x[...], a) for x in (at.q, at.dout))
-    here, dheld = _chunk(plan, at, a, at.before[a], at.inverse[a]), at.memory[a]
-    vectors, k, beta, dtype = here.vectors, here.k, here.beta, q.dtype
+    here, dheld = _solved(plan, at, a, system, at.inverse[a], at.before[a]), at.memory[a]
+    vectors, k, beta, dtype = system.vectors, system.k, system.beta, q.dtype
     start, end, seen = vectors.col("start"), vectors.col("end"), vectors.seen()
     held, after, change = (x.astype(dtype) for x in (here.held, dheld, here.change))
 
-    dchange = product(_weights(plan, at, a, here).astype(dtype), dout, 0, 0)
+    dchange = product(_weights(plan, at, a, system).astype(dtype), dout, 0, 0)
     dchange += product(times(end, k), after, 1, 0)
-    dwrong = product(here.inverse, dchange, 0, 0)
+    dwrong = _precise(here.inverse, dchange, 0, k)
     dv = beta * dwrong
     # of the system, by <k_i, k_j>: and of the weights, by <q_i, k_j>
-    dsystem = -product(dwrong.astype(dtype), change, 1, 1) * here.within
+    dsystem = -product(dwrong.astype(dtype), change, 1, 1) * system.within
     by_keys = (beta * dsystem).astype(dtype)
     by_queries = jnp.where(seen, product(dout, change, 1, 1) * vectors.within(), 0.0).astype(dtype)
 
@@ -205,7 +233,7 @@ def _grads(plan: Plan, at, a: int):
     read = product(by_keys, k, 1, 0) - start * product(dv.astype(dtype), held, 1, 1)
     written = product(by_keys, k, 0, 0) + product(by_queries, q, 0, 0)
     written += end * product(change, after, 1, 1)
-    dbeta = _total(dwrong * here.wrong) + _total(dsystem * here.products)
+    dbeta = _total(dwrong * here.wrong) + _total(dsystem * system.products)
     passed = _total(q.astype(f32) * dq) + _total(k.astype(f32) * (read - written))
     at.memory[a] = (
         vectors.keep() * dheld
