@@ -136,16 +136,18 @@ def test_smoke_shrinks_what_the_config_has():
 
 
 @pytest.mark.parametrize("points", [True, False])
-def test_bars_may_be_points(points):
+def test_bars_may_be_points_and_no_legend_covers_one(points):
     rows = [("a", {}), ("b", {})]
     records = [
         Record(label, 0, {}, {"loss": value}, 1.0, "", None, {})
         for (label, _), value in zip(rows, (2.0, 3.0), strict=True)
     ]
     sweep = Sweep(
-        title="", source="", rows=rows, runner=Measuring(len), columns=[Column("loss", "loss")]
-    )
+        title="", source="", rows=rows, runner=Measuring(len), columns=[Column("loss", "loss")],
+        published={"a": {"loss": 1.5}},
+    )  # fmt: skip
     axes = Figure().subplots()
     _panel(Panel(y="loss", points=points), sweep, Results(rows, records), axes)
     assert len(axes.patches) == (0 if points else 2)
     assert (axes.get_xlim()[0] > 1) == points
+    assert axes.get_legend() is None and len(axes.figure.legends) == 1

@@ -79,7 +79,9 @@ def _bars(panel: Panel, sweep: Sweep, results: Results, axes: Any) -> None:
     told = [(y, value) for y, value in told if value is not None]
     if told:
         axes.plot([v for _, v in told], [y for y, _ in told], "kD", mfc="white", label="paper")
-        axes.legend()
+        if not axes.figure.legends:  # beside the axes: any place inside may have a bar
+            handles = axes.get_legend_handles_labels()
+            axes.figure.legend(*handles, loc="outside upper right", ncols=2)
     axes.set_yticks(places, labels)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(panel.ylabel or panel.y)
