@@ -44,9 +44,9 @@ class Search(NamedTuple):
     candidates: Mapping[str, tuple[int, ...]]
 
 
-def _linear(op: str, sizes: str, *, beside: bool = False) -> Search:
-    candidates = {"chunk": (256, 512, 1024)} | ({"beside": (1, 2, 4)} if beside else {})
-    return Search((f"{op} causal B1 T8192 H4 {sizes} bfloat16",), candidates)
+def _linear(sizes: str, *ops: str, beside: bool = False) -> Search:
+    candidates = {"chunk": (256, 512), "parts": (1, 2)} | ({"beside": (1, 2)} if beside else {})
+    return Search(tuple(f"{op} causal B1 T8192 H4 {sizes} bfloat16" for op in ops), candidates)
 
 
 def _window(dim: int) -> Search:
@@ -65,11 +65,12 @@ def _hopper(dim: int) -> Search:
     return Search((dense, *_window(dim).cases), candidates)
 
 
+PLAIN = "linear_attention", "gated_linear_attention"
 TPU = {
-    "linear R64 D64": _linear("linear_attention", "D64"),
-    "linear R128 D128": _linear("linear_attention", "D128", beside=True),
-    "linear R256 D64": _linear("favor_attention", "D64 R256"),
-    "linear R256 D128": _linear("favor_attention", "D128 R256"),
+    "linear R64 D64": _linear("D64", *PLAIN),
+    "linear R128 D128": _linear("D128", *PLAIN, beside=True),
+    "linear R256 D64": _linear("D64 R256", "favor_attention"),
+    "linear R256 D128": _linear("D128 R256", "favor_attention"),
     "softmax window 512 D64": _window(64),
     "softmax window 512 D128": _window(128),
     "softmax resident D64": _resident(64),

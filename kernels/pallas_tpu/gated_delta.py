@@ -84,7 +84,7 @@ def backward(q, k, v, ways: Ways, beta, *, dout, state, dstate, interpret=None):
         for a, system in enumerate(_systems(plan, at)):
             *wide_ones, dbeta, passed = _grads(plan, at, a, system)
             grads.append(wide_ones)
-            at.dbeta[a], at.passed[a] = jnp.transpose(dbeta), jnp.transpose(passed)
+            at.dbeta[a, 0], at.passed[a, 0] = jnp.transpose(dbeta), jnp.transpose(passed)
         for ref, parts in zip((at.dq, at.dk, at.dv), zip(*grads, strict=True), strict=True):
             ref[...] = jnp.concatenate(parts, axis=1).astype(ref.dtype)
         finish(at, plan)
@@ -110,7 +110,7 @@ def _again(plan: Plan, ins, state, interpret) -> dict[str, jax.Array]:
         systems = _systems(plan, at)
         for a, inverse in enumerate(_inverses(plan, systems)):
             here = _solved(plan, at, a, systems[a], inverse, at.memory[a])
-            at.before[a], at.inverse[a] = here.held, here.inverse
+            at.before[a, 0], at.inverse[a, 0] = here.held, here.inverse
             at.memory[a] = _absorbed(here)
 
     chunks = plan.batch, plan.heads, plan.grid[2]
@@ -153,7 +153,7 @@ def _systems(plan: Plan, at) -> list[_System]:
     made = []
     i, j = (jax.lax.broadcasted_iota(jnp.int32, (plan.chunk,) * 2, axis) for axis in (0, 1))
     for a in range(plan.packed):
-        vectors, k = Vectors(plan, at, a, False), lanes_of(plan, at.k[...], a)
+        vectors, k = Vectors(plan, at, a, 0, False), lanes_of(plan, at.k[...], a)
         within = jnp.where(vectors.seen() & (i > j), vectors.within(), 0.0)
         made.append(_System(vectors, k, factors_of(at, a), within, product(k, k, 1, 1)))
     return made
@@ -215,7 +215,7 @@ def _grads(plan: Plan, at, a: int, system: _System):
     brought to the chunk's beginning.
     """
     q, dout = (lanes_of(plan, x[...], a) for x in (at.q, at.dout))
-    here, dheld = _solved(plan, at, a, system, at.inverse[a], at.before[a]), at.memory[a]
+    here, dheld = _solved(plan, at, a, system, at.inverse[a, 0], at.before[a, 0]), at.memory[a]
     vectors, k, beta, dtype = system.vectors, system.k, system.beta, q.dtype
     start, end, seen = vectors.col("start"), vectors.col("end"), vectors.seen()
     held, after, change = (x.astype(dtype) for x in (here.held, dheld, here.change))

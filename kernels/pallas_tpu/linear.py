@@ -1,10 +1,12 @@
 """Linear attention on TPU: the kernels of `kernels.fused.linear`.
 
-A step of the grid is a chunk of one block of heads; chunks run in order, while S and z stay in
-VMEM. Heads lie side by side in the channels, [B, T, heads x D]: a block is 128 lanes or a multiple,
-so that heads of 64 or 32 channels go together, two or four to a block. A head is taken out of its
-block by setting the other lanes to 0, not by moving lanes: on a matrix unit 128 wide that costs
-nothing. Its S has the rows and lanes of the whole block; lanes that are not its own are dropped.
+A step of the grid is some chunks of one block of heads; steps run in order, while S and z stay in
+VMEM. The heads and chunks of a step go side by side, a stage of all, then the next: each fills the
+waits of the others. Heads lie side by side in the channels, [B, T, heads x D]: a block is 128 lanes
+or a multiple, so that heads of 64 or 32 channels go together, two or four to a block. A head is
+taken out of its block by setting the other lanes to 0, not by moving lanes: on a matrix unit 128
+wide that costs nothing. Its S has the rows and lanes of the whole block; lanes that are not its own
+are dropped.
 
 Operands of matrix products have the inputs' dtype, sums are float32; float32 operands are
 multiplied as such (six passes of bfloat16). Numbers per token come eight to a chunk (`VECTORS`).
@@ -18,32 +20,32 @@ import jax.numpy as jnp
 from kernels.fused.passes import Projection
 from kernels.pallas_tpu.linear_body import (
     Vectors,
-    absorb,
     added,
     begin,
     chosen,
-    factors_of,
-    features,
+    column_sums,
     finish,
     gathered,
     head_of,
     inverse_of,
     lanes_of,
     logits_of,
+    passed,
     product,
+    rows,
+    staged_features,
     through,
     times,
+    units,
 )
 from kernels.pallas_tpu.linear_plan import (
     LANES,
     Plan,
-    beside,
     call,
     f32,
     joined,
-    lines,
-    make_plan,
     packed_heads,
+    plan_of,
     rows_of,
     sizes_of,
     state_in,
@@ -55,6 +57,20 @@ from kernels.pallas_tpu.linear_plan import (
     weight_in,
     wide,
 )
+from kernels.pallas_tpu.linear_two_sided import read, read_backward, sums, sums_backward
+
+__all__ = [
+    "SHIFTS_QUERIES",
+    "backward",
+    "chunk_length",
+    "forward",
+    "log_scale",
+    "read",
+    "read_backward",
+    "refuse",
+    "sums",
+    "sums_backward",
+]
 
 SHIFTS_QUERIES = False
 CHUNKS = (1024, 512, 256, 128)
@@ -90,14 +106,14 @@ def chunk_length(length: int, *, rank: int, dim: int) -> int:
 def log_scale(x, weight, half: float, *, interpret=None):
     """max_r <x, w_r> - half |x|^2 [B,H,T] of x [B,T,H,D], with no array of T x R written out."""
     projection = Projection(weight, half, None, x)  # no shift is read
-    plan = make_plan((x,), projection, chunk_length(x.shape[1], rank=1, dim=1))
+    plan = plan_of((x,), projection, chunk_length(x.shape[1], rank=1, dim=1)).whole()
 
     def body(at):
         for a in range(plan.packed):
             x = head_of(plan, at.x[...], a)
             top = jnp.max(logits_of(x, at.weight), axis=1, keepdims=True)
             square = jnp.sum(jnp.square(x.astype(f32)), axis=1, keepdims=True)
-            at.top[a] = jnp.transpose(top - half * square)
+            at.top[a, 0] = jnp.transpose(top - half * square)
 
     made = call(
         body, plan, tokens(plan, x=x) | weight_in(plan, projection, x), {"top": rows_of(plan)},
@@ -108,32 +124,34 @@ def log_scale(x, weight, half: float, *, interpret=None):
 
 def forward(q, k, v, ways, *, state, projection, normalise: bool, chunk: int, interpret=None):
     """See `kernels.fused.linear`."""
-    plan = make_plan((q, k, v), projection, chunk, ways)
-    if ways is None and projection is None:
-        plan = plan._replace(packed=max(plan.packed, beside(plan.heads, (q, k, v))))
+    plan = plan_of((q, k, v), projection, chunk, ways)
 
     def body(at):
         begin(at, plan)
-        heads = range(plan.packed)  # a stage of all, then the next: they fill each other's waits
-        vectors = [Vectors(plan, at, a, False) for a in heads]
-        v = [lanes_of(plan, at.v[...], a) for a in heads]
-        q, k = ([features(plan, at, name, a) for a in heads] for name in "qk")
-        weights = [product(q[a], k[a], 1, 1) for a in heads]
-        read = [product(q[a], at.sums[a].astype(v[a].dtype), 1, 0) for a in heads]
-        for a in heads:
-            weights[a] = jnp.where(vectors[a].seen(), weights[a] * vectors[a].within(), 0.0)
-        outs = [product(weights[a].astype(v[a].dtype), v[a], 1, 0) for a in heads]
-        for a in heads:
-            start = vectors[a].col("start")
-            outs[a] += start * read[a]
+        there = units(plan)
+        vectors = {u: Vectors(plan, at, *u, False) for u in there}
+        v = {(a, n): lanes_of(plan, at.v[rows(plan, n)], a) for a, n in there}
+        q, k = (staged_features(plan, at, name, there) for name in "qk")
+        weights = {u: product(q[u], k[u], 1, 1) for u in there}
+        entering = {u: times(vectors[u].col("end"), k[u]) for u in there}
+        held = passed(
+            plan, at, {u: vectors[u].keep() for u in there},
+            {u: product(entering[u], v[u], 0, 0) for u in there},
+            {u: column_sums(entering[u]) for u in there} if normalise else None,
+        )  # fmt: skip
+        before = {u: product(q[u], held[u][0].astype(v[u].dtype), 1, 0) for u in there}
+        for u in there:
+            weights[u] = jnp.where(vectors[u].seen(), weights[u] * vectors[u].within(), 0.0)
+        outs = {u: product(weights[u].astype(v[u].dtype), v[u], 1, 0) for u in there}
+        for u in there:
+            start = vectors[u].col("start")
+            outs[u] += start * before[u]
             if normalise:
-                den = jnp.sum(q[a].astype(f32) * at.norm[a], axis=1, keepdims=True)
-                den = jnp.sum(weights[a], axis=1, keepdims=True) + start * den
-                at.den[a] = jnp.transpose(den)
-                outs[a] *= inverse_of(den)
-            entering = times(vectors[a].col("end"), k[a])
-            absorb(at, a, vectors[a].keep(), entering, v[a], normalise)
-        at.out[...] = chosen(plan, outs).astype(at.out.dtype)
+                den = jnp.sum(q[u].astype(f32) * held[u][1], axis=1, keepdims=True)
+                den = jnp.sum(weights[u], axis=1, keepdims=True) + start * den
+                at.den[u] = jnp.transpose(den)
+                outs[u] *= inverse_of(den)
+        _put(plan, at.out, chosen, outs)
         finish(at, plan)
 
     ins = tokens(plan, q=q, k=k, v=v) | ways_in(plan, ways) | weight_in(plan, projection, q)
@@ -148,12 +166,19 @@ def forward(q, k, v, ways, *, state, projection, normalise: bool, chunk: int, in
     return out, joined(made["den"]) if normalise else None, state_of(plan, made)
 
 
+def _put(plan: Plan, ref, gather, parts) -> None:
+    """A block out of what was made for each unit; `gather` brings a part's heads together."""
+    for n in range(plan.parts):
+        block = gather(plan, [parts[a, n] for a in range(plan.packed)])
+        ref[rows(plan, n)] = block.astype(ref.dtype)
+
+
 def backward(
     q, k, v, ways, *,
     dout, inv_den, r, state, dstate, projection, normalise: bool, chunk: int, interpret=None,
 ):  # fmt: skip
     """See `kernels.fused.linear`; q_dq is None where q is not read: normalised, no projection."""
-    plan = make_plan((q, k, v), projection, chunk, ways)
+    plan = plan_of((q, k, v), projection, chunk, ways)
     given = ways_in(plan, ways, inv_den, r) if normalise else ways_in(plan, ways)
     given |= weight_in(plan, projection, q)
     reads_q = projection is not None or not normalise
@@ -174,25 +199,35 @@ def _query_grads(
 
     def queries(at):
         begin(at, plan)
-        dq = []
-        for a in range(plan.packed):
-            vectors, v = Vectors(plan, at, a, normalise), lanes_of(plan, at.v[...], a)
-            k, dout = features(plan, at, "k", a), head_of(plan, at.dout[...], a)
-            within = product(dout, v, 1, 1) * vectors.col("inv_den") + vectors.col("r")
-            within = jnp.where(vectors.seen(), within * vectors.within(), 0.0).astype(v.dtype)
-            read = product(dout, at.sums[a].astype(v.dtype), 1, 1) * vectors.col("inv_den")
+        there = units(plan)
+        vectors = {u: Vectors(plan, at, *u, normalise) for u in there}
+        v = {(a, n): lanes_of(plan, at.v[rows(plan, n)], a) for a, n in there}
+        dout = {(a, n): head_of(plan, at.dout[rows(plan, n)], a) for a, n in there}
+        k = staged_features(plan, at, "k", there)
+        entering = {u: times(vectors[u].col("end"), k[u]) for u in there}
+        held = passed(
+            plan, at, {u: vectors[u].keep() for u in there},
+            {u: product(entering[u], v[u], 0, 0) for u in there},
+            {u: column_sums(entering[u]) for u in there} if normalise else None,
+        )  # fmt: skip
+        dq = {u: product(dout[u], v[u], 1, 1) for u in there}
+        for u in there:
+            here = vectors[u]
+            within = dq[u] * here.col("inv_den") + here.col("r")
+            within = jnp.where(here.seen(), within * here.within(), 0.0).astype(v[u].dtype)
+            state, norm = held[u]
+            before = product(dout[u], state.astype(v[u].dtype), 1, 1) * here.col("inv_den")
             if normalise:
-                read += vectors.col("r") * at.norm[a]
-            dphi = product(within, k, 1, 0) + vectors.col("start") * read
-            if reads_q:
-                phi = features(plan, at, "q", a).astype(f32)
-                dot = jnp.sum(phi * dphi, axis=1, keepdims=True)
-                at.q_dq[a] = jnp.transpose(dot)
-                dphi = through(plan, at, lanes_of(plan, at.q[...], a), phi, dphi, dot)
-            dq.append(dphi)
-            entering = times(vectors.col("end"), k)
-            absorb(at, a, vectors.keep(), entering, v, normalise)
-        at.dq[...] = gathered(plan, dq).astype(at.dq.dtype)
+                before += here.col("r") * norm
+            dq[u] = product(within, k[u], 1, 0) + here.col("start") * before
+        q = staged_features(plan, at, "q", there) if reads_q else {}
+        for a, n in q:
+            phi = q[a, n].astype(f32)
+            dot = jnp.sum(phi * dq[a, n], axis=1, keepdims=True)
+            at.q_dq[a, n] = jnp.transpose(dot)
+            x = lanes_of(plan, at.q[rows(plan, n)], a)
+            dq[a, n] = through(plan, at, x, phi, dq[a, n], dot)
+        _put(plan, at.dq, gathered, dq)
 
     there = arrays if reads_q else {name: x for name, x in arrays.items() if name != "q"}
     q = arrays["q"]
@@ -212,33 +247,40 @@ def _key_grads(
 
     def keys(at):
         begin(at, plan)
-        dk, dv = [], []
-        for a in range(plan.packed):
-            vectors, v = Vectors(plan, at, a, normalise), lanes_of(plan, at.v[...], a)
-            q, k = (features(plan, at, name, a) for name in "qk")
-            dout, inverse = head_of(plan, at.dout[...], a), vectors.line("inv_den")
-            seen, within = vectors.seen_back(), vectors.within_back()
-            weights = jnp.where(seen, product(k, q, 1, 1) * within * inverse, 0.0)
-            end, held = vectors.col("end"), at.sums[a].astype(v.dtype)
-            dv.append(product(weights.astype(v.dtype), dout, 1, 0) + end * product(k, held, 1, 0))
-            grads = (product(v, dout, 1, 1) * inverse + vectors.line("r")) * within
-            grads = jnp.where(seen, grads, 0.0).astype(v.dtype)
-            read = product(v, held, 1, 1)
+        there = units(plan)
+        vectors = {u: Vectors(plan, at, *u, normalise) for u in there}
+        v = {(a, n): lanes_of(plan, at.v[rows(plan, n)], a) for a, n in there}
+        dout = {(a, n): head_of(plan, at.dout[rows(plan, n)], a) for a, n in there}
+        q, k = (staged_features(plan, at, name, there) for name in "qk")
+        start = {u: vectors[u].col("start") for u in there}
+        reading = {u: times(start[u] * vectors[u].col("inv_den"), q[u]) for u in there}
+        rest = {u: start[u] * vectors[u].col("r") for u in there} if normalise else {}
+        held = passed(
+            plan, at, {u: vectors[u].keep() for u in there},
+            {u: product(reading[u], dout[u], 0, 0) for u in there},
+            {u: column_sums(rest[u] * q[u].astype(f32)) for u in there} if normalise else None,
+        )  # fmt: skip
+        weights = {u: product(k[u], q[u], 1, 1) for u in there}
+        grads = {u: product(v[u], dout[u], 1, 1) for u in there}
+        dk, dv = {}, {}
+        for u in there:
+            here, dtype = vectors[u], v[u].dtype
+            seen, within, inverse = here.seen_back(), here.within_back(), here.line("inv_den")
+            weight = jnp.where(seen, weights[u] * within * inverse, 0.0).astype(dtype)
+            grad = (grads[u] * inverse + here.line("r")) * within
+            grad = jnp.where(seen, grad, 0.0).astype(dtype)
+            end, after = here.col("end"), held[u][0].astype(dtype)
+            dv[u] = product(weight, dout[u], 1, 0) + end * product(k[u], after, 1, 0)
+            later = product(v[u], after, 1, 1)
             if normalise:
-                read += at.norm[a]
-            dphi = product(grads, q, 1, 0) + end * read
-            phi = k.astype(f32)
+                later += held[u][1]
+            dphi, phi = product(grad, q[u], 1, 0) + end * later, k[u].astype(f32)
             dot = jnp.sum(phi * dphi, axis=1, keepdims=True)
-            at.k_dk[a] = jnp.transpose(dot)
-            dk.append(through(plan, at, lanes_of(plan, at.k[...], a), phi, dphi, dot))
-            keep, start = vectors.keep(), vectors.col("start")
-            reading = times(start * vectors.col("inv_den"), q)
-            at.sums[a] = keep * at.sums[a] + product(reading, dout, 0, 0)
-            if normalise:
-                total = start * vectors.col("r") * q.astype(f32)
-                at.norm[a] = keep * at.norm[a] + jnp.sum(total, axis=0, keepdims=True)
-        at.dk[...] = gathered(plan, dk).astype(at.dk.dtype)
-        at.dv[...] = added(plan, dv).astype(at.dv.dtype)
+            at.k_dk[u] = jnp.transpose(dot)
+            a, n = u
+            dk[u] = through(plan, at, lanes_of(plan, at.k[rows(plan, n)], a), phi, dphi, dot)
+        _put(plan, at.dk, gathered, dk)
+        _put(plan, at.dv, added, dv)
         finish(at, plan)
 
     k, v = arrays["k"], arrays["v"]
@@ -250,100 +292,3 @@ def _key_grads(
         keys, plan, tokens(plan, **arrays) | state_in(plan, dstate) | given,
         outs | state_out(plan), scratch=state_scratch(plan), interpret=interpret,
     )  # fmt: skip
-
-
-def sums(k, v, *, end, fill=None, projection, chunk: int, interpret=None):
-    """See `kernels.fused.linear`."""
-    plan = make_plan((k, v), projection, chunk)
-
-    def body(at):
-        begin(at, plan)
-        for a in range(plan.packed):
-            k, v = features(plan, at, "k", a), lanes_of(plan, at.v[...], a)
-            at.sums[a] += product(times(factors_of(at, a), k), v, 0, 0)
-            at.norm[a] += jnp.sum(factors_of(at, a, 1) * k.astype(f32), axis=0, keepdims=True)
-        finish(at, plan)
-
-    ins = tokens(plan, k=k, v=v) | lines(plan, end=end, fill=fill)
-    ins |= weight_in(plan, projection, k)
-    made = call(body, plan, ins, state_out(plan), scratch=state_scratch(plan), interpret=interpret)
-    return state_of(plan, made)
-
-
-def read(q, sums, norm, *, projection, normalise: bool, chunk: int, interpret=None):
-    """See `kernels.fused.linear`."""
-    values = jax.ShapeDtypeStruct((*q.shape[:2], sums.shape[1], sums.shape[3]), q.dtype)
-    plan = make_plan((q, values), projection, chunk)
-
-    def body(at):
-        outs = []
-        for a in range(plan.packed):
-            q = features(plan, at, "q", a)
-            num = product(q, at.state_sums[a].astype(q.dtype), 1, 0)
-            if normalise:
-                den = jnp.sum(q.astype(f32) * at.state_norm[a], axis=1, keepdims=True)
-                at.den[a] = jnp.transpose(den)
-                num *= inverse_of(den)
-            outs.append(num)
-        at.out[...] = chosen(plan, outs).astype(at.out.dtype)
-
-    ins = tokens(plan, q=q) | weight_in(plan, projection, q) | state_in(plan, (sums, norm))
-    outs: dict[str, Any] = {"out": wide(plan, q.dtype, plan.dim)}
-    if normalise:
-        outs["den"] = rows_of(plan)
-    made = call(body, plan, ins, outs, interpret=interpret)
-    out = made["out"].reshape(*q.shape[:2], plan.heads, plan.dim)
-    return out, joined(made["den"]) if normalise else None
-
-
-def read_backward(q, sums, norm, *, dout, inv_den, r, projection, chunk: int, interpret=None):
-    """See `kernels.fused.linear`."""
-    plan = make_plan((q, dout), projection, chunk)
-
-    def body(at):
-        begin(at, plan, given=False)
-        dq = []
-        for a in range(plan.packed):
-            q, dout = features(plan, at, "q", a), head_of(plan, at.dout[...], a)
-            inverse, r = factors_of(at, a), factors_of(at, a, 1)
-            read = product(dout, at.state_sums[a].astype(q.dtype), 1, 1)
-            dphi, phi = read * inverse + r * at.state_norm[a], q.astype(f32)
-            dot = jnp.sum(phi * dphi, axis=1, keepdims=True)
-            dq.append(through(plan, at, lanes_of(plan, at.q[...], a), phi, dphi, dot))
-            at.sums[a] += product(times(inverse, q), dout, 0, 0)
-            at.norm[a] += jnp.sum(r * phi, axis=0, keepdims=True)
-        at.dq[...] = gathered(plan, dq).astype(at.dq.dtype)
-        finish(at, plan)
-
-    ins = tokens(plan, q=q, dout=dout) | lines(plan, inv_den=inv_den, r=r)
-    ins |= weight_in(plan, projection, q) | state_in(plan, (sums, norm))
-    outs = {"dq": wide(plan, q.dtype, q.shape[3])} | state_out(plan)
-    made = call(body, plan, ins, outs, scratch=state_scratch(plan), interpret=interpret)
-    return made["dq"].reshape(*q.shape[:2], plan.heads, -1), state_of(plan, made)
-
-
-def sums_backward(k, v, dsums, dnorm, *, end, projection, chunk: int, interpret=None):
-    """See `kernels.fused.linear`."""
-    plan = make_plan((k, v), projection, chunk)
-
-    def body(at):
-        dk, dv = [], []
-        for a in range(plan.packed):
-            k, v, end = features(plan, at, "k", a), lanes_of(plan, at.v[...], a), factors_of(at, a)
-            held = at.state_sums[a].astype(v.dtype)
-            dv.append(end * product(k, held, 1, 0))
-            dphi, phi = end * (product(v, held, 1, 1) + at.state_norm[a]), k.astype(f32)
-            dot = jnp.sum(phi * dphi, axis=1, keepdims=True)
-            at.k_dk[a] = jnp.transpose(dot)
-            dk.append(through(plan, at, lanes_of(plan, at.k[...], a), phi, dphi, dot))
-        at.dk[...] = gathered(plan, dk).astype(at.dk.dtype)
-        at.dv[...] = added(plan, dv).astype(at.dv.dtype)
-
-    ins = tokens(plan, k=k, v=v) | lines(plan, end=end) | weight_in(plan, projection, k)
-    outs = {
-        "dk": wide(plan, k.dtype, k.shape[3]), "dv": wide(plan, v.dtype, plan.dim),
-        "k_dk": rows_of(plan),
-    }  # fmt: skip
-    made = call(body, plan, ins | state_in(plan, (dsums, dnorm)), outs, interpret=interpret)
-    dk, dv = (made[x].reshape(*k.shape[:2], plan.heads, -1) for x in ("dk", "dv"))
-    return dk, dv, joined(made["k_dk"])

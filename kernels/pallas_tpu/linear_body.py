@@ -29,19 +29,38 @@ def finish(at, plan: Plan) -> None:
         at.left_norm[...] = at.norm[...]
 
 
-def absorb(at, a: int, keep, entering, v, normalise: bool) -> None:
-    """S and z of head a fade by `keep` and take the entering keys in."""
-    at.sums[a] = keep * at.sums[a] + product(entering, v, 0, 0)
-    if normalise:
-        total = jnp.sum(entering.astype(f32), axis=0, keepdims=True)
-        at.norm[a] = keep * at.norm[a] + total
+def units(plan: Plan) -> list[tuple[int, int]]:
+    """The heads of a step and its parts: (a, n). What they do not owe each other runs in turns."""
+    return [(a, n) for n in range(plan.parts) for a in range(plan.packed)]
+
+
+def rows(plan: Plan, n: int) -> slice:
+    """Those of part n in a step's block."""
+    return slice(n * plan.chunk, (n + 1) * plan.chunk)
+
+
+def passed(plan: Plan, at, keep, sums, norm=None):
+    """S and z [1, R] that every unit begins with; what the last part leaves is the next step's.
+
+    Of a part `keep` is left, and `sums` comes to it, by unit; without `norm`, z is left alone.
+    """
+    held = {}
+    for a in range(plan.packed):
+        state, total = at.sums[a], at.norm[a]
+        for n in plan.order:
+            held[a, n] = state, total
+            state = keep[a, n] * state + sums[a, n]
+            if norm is not None:
+                total = keep[a, n] * total + norm[a, n]
+        at.sums[a], at.norm[a] = state, total
+    return held
 
 
 class Vectors:
-    """A head's numbers per token as columns [C, 1] or lines [1, C]; 1 (r: 0) where none are."""
+    """A unit's numbers per token as columns [C, 1] or lines [1, C]; 1 (r: 0) where none are."""
 
-    def __init__(self, plan: Plan, at, a: int, quotient: bool):
-        self.plan, self.at, self.a = plan, at, a
+    def __init__(self, plan: Plan, at, a: int, n: int, quotient: bool):
+        self.plan, self.at, self.a, self.n = plan, at, a, n
         self.there = {"inv_den": quotient, "r": quotient}
 
     def line(self, name: str):
@@ -49,7 +68,7 @@ class Vectors:
         if not self.there.get(name, self.plan.scaled):
             return 0.0 if name == "r" else 1.0
         i = VECTORS.index(name)
-        return self.at.vectors[self.a, i : i + 1]
+        return self.at.vectors[self.a, self.n, i : i + 1]
 
     def col(self, name: str):
         """The numbers of that name, [C, 1]."""
@@ -91,6 +110,11 @@ def product(x, y, i: int, j: int):
     return jax.lax.dot_general(
         x, y, (((i,), (j,)), ((), ())), precision=precision, preferred_element_type=f32
     )
+
+
+def column_sums(x):
+    """[1, N] of [M, N], float32."""
+    return jnp.sum(x.astype(f32), axis=0, keepdims=True)
 
 
 def whole_product(x, held, i: int, j: int):
@@ -153,11 +177,14 @@ def times(factor, x):
 
 
 def factors_of(at, a: int, i: int = 0):
-    """The i-th, or the last, of the tokens' factors in `lines` [C, 1]; 1 where none are given."""
+    """The i-th, or the last, of the tokens' factors in `lines` [C, 1]; 1 where none are given.
+
+    Of a step of one part.
+    """
     if not hasattr(at, "lines"):
         return 1.0
-    i = min(i, at.lines.shape[1] - 1)
-    return jnp.transpose(at.lines[a, i : i + 1])
+    i = min(i, at.lines.shape[2] - 1)
+    return jnp.transpose(at.lines[a, 0, i : i + 1])
 
 
 def inverse_of(den):
@@ -173,12 +200,18 @@ def logits_of(x, weight):
 
 
 def features(plan: Plan, at, name: str, a: int):
-    """Head a's features of queries or keys, in their dtype; a projection's over the largest."""
-    x = head_of(plan, getattr(at, name)[...], a)
+    """Head a's features of queries or keys in a step of one part."""
+    return staged_features(plan, at, name, [(a, 0)])[a, 0]
+
+
+def staged_features(plan: Plan, at, name: str, there):
+    """Each unit's features of queries or keys, in their dtype; a projection's over the largest."""
+    x = {(a, n): head_of(plan, getattr(at, name)[rows(plan, n)], a) for a, n in there}
     if plan.half is None:
         return x
-    logits = logits_of(x, at.weight)
-    return jnp.exp(logits - jnp.max(logits, axis=1, keepdims=True)).astype(x.dtype)
+    logits = {u: logits_of(x[u], at.weight) for u in there}
+    top = {u: jnp.max(logits[u], axis=1, keepdims=True) for u in there}
+    return {u: jnp.exp(logits[u] - top[u]).astype(x[u].dtype) for u in there}
 
 
 def through(plan: Plan, at, x, phi, dphi, dot):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -21,20 +22,27 @@ LANES = 128
 VECTORS = ("row", "col", "start", "end", "keep", "segment", "inv_den", "r")
 """The rows of the block [8, C] of a chunk's float32 numbers per token."""
 
+UNITS = 8
+"""The most heads times parts of a step."""
+
 f32 = jnp.float32
 
 
 class Sizes(NamedTuple):
-    """At most. chunk: tokens of a chunk. beside: heads of 128 channels to a block, forward, where
-    nothing is scaled; steps fill each other's waits.
+    """At most. chunk: tokens of a chunk. parts: chunks of a step, which fill each other's waits, as
+    heads do. beside: heads of 128 channels to a block, without a projection.
     """
 
-    chunk: int = 512
+    chunk: int = 128
+    parts: int = 4
     beside: int = 4
 
 
 class Plan(NamedTuple):
-    """Sizes and choices of a call, all static. packed: heads to a block; depth: D; dim: Dv."""
+    """Sizes and choices of a call, all static. packed: heads to a block; depth: D; dim: Dv.
+
+    parts: chunks of a step, which a head's state passes in turn.
+    """
 
     batch: int
     heads: int
@@ -47,6 +55,7 @@ class Plan(NamedTuple):
     half: float | None
     scaled: bool
     segmented: bool
+    parts: int = 1
     backwards: bool = False
 
     @property
@@ -60,9 +69,28 @@ class Plan(NamedTuple):
         return self.rank or self.shared * self.depth
 
     @property
+    def step(self) -> int:
+        """Tokens of a step."""
+        return self.parts * self.chunk
+
+    @property
     def grid(self) -> tuple[int, int, int]:
-        """Batch, blocks of heads, chunks."""
-        return self.batch, self.heads // self.packed, self.length // self.chunk
+        """Batch, blocks of heads, steps."""
+        return self.batch, self.heads // self.packed, self.length // self.step
+
+    @property
+    def order(self) -> Sequence[int]:
+        """A step's parts as the state passes them."""
+        return range(self.parts)[:: -1 if self.backwards else 1]
+
+    def in_parts(self, parts: int) -> "Plan":
+        """With as many chunks to a step, of the divisors up to `parts`, as there may be."""
+        count = self.length // self.chunk
+        return self._replace(parts=max(n for n in range(1, parts + 1) if count % n == 0))
+
+    def whole(self) -> "Plan":
+        """Each step one chunk."""
+        return self._replace(chunk=self.step, parts=1)
 
 
 def packed_heads(heads: int, *channels: int) -> int:
@@ -75,12 +103,12 @@ def packed_heads(heads: int, *channels: int) -> int:
 
 def sizes_of(rank: int, dim: int) -> Sizes:
     """Those for R features and Dv channels of a value."""
-    rule = Sizes() if max(rank, dim) <= 2 * LANES else Sizes(chunk=256)
+    rule = Sizes() if max(rank, dim) <= 2 * LANES else Sizes(parts=2)
     return tuned.sizes(f"linear R{rank} D{dim}", rule)
 
 
 def beside(heads: int, arrays) -> int:
-    """Heads of a block that share no lanes, forward: more than one where all is known to fit."""
+    """Heads of a block that share no lanes: more than one where all is known to fit."""
     like = (heads, LANES, jnp.bfloat16)
     if any((*x.shape[2:], x.dtype) != like for x in arrays):
         return 1
@@ -99,6 +127,15 @@ def make_plan(arrays, projection: Projection | None, chunk: int, ways: Ways | No
         scaled=ways is not None,
         segmented=ways is not None and ways.segments is not None,
     )  # fmt: skip
+
+
+def plan_of(arrays, projection: Projection | None, chunk: int, ways: Ways | None = None) -> Plan:
+    """The plan of a call, in steps of several chunks and, where there is room, heads."""
+    plan = make_plan(arrays, projection, chunk, ways)
+    if projection is None:
+        plan = plan._replace(packed=max(plan.packed, beside(plan.heads, arrays)))
+    parts = sizes_of(plan.rank or plan.depth, plan.dim).parts
+    return plan.in_parts(max(1, min(parts, UNITS // plan.packed)))
 
 
 class Array(NamedTuple):
@@ -147,7 +184,7 @@ def tokens(plan: Plan, **arrays) -> dict[str, Array]:
         if plan.packed > 1 and x.shape[2] != plan.heads:
             x = jnp.repeat(x, plan.heads // x.shape[2], axis=2)
         per = plan.heads // x.shape[2]
-        block = (None, plan.chunk, plan.packed * x.shape[3])
+        block = (None, plan.step, plan.packed * x.shape[3])
         at = functools.partial(lambda b, h, c, per: (b, c, jax.lax.div(h, per)), per=np.int32(per))
         made[name] = Array(x.reshape(*x.shape[:2], -1), block, at)
     return made
@@ -156,18 +193,18 @@ def tokens(plan: Plan, **arrays) -> dict[str, Array]:
 def wide(plan: Plan, dtype, channels: int) -> Array:
     """A result [B, T, H channels]."""
     shape = jax.ShapeDtypeStruct((plan.batch, plan.length, plan.heads * channels), dtype)
-    return Array(shape, (None, plan.chunk, plan.packed * channels), lambda b, h, c: (b, c, h))
+    return Array(shape, (None, plan.step, plan.packed * channels), lambda b, h, c: (b, c, h))
 
 
 def rows_of(plan: Plan) -> Array:
     """A result of one float32 number per token and head."""
-    shape = (plan.batch, plan.heads, plan.grid[2], 1, plan.chunk)
+    shape = (plan.batch, plan.heads, plan.length // plan.chunk, 1, plan.chunk)
     return by_chunk(plan, jax.ShapeDtypeStruct(shape, f32))
 
 
 def by_chunk(plan: Plan, x) -> Array:
-    """An array [B,H,N,...] of which a step has its heads' and its chunk's part."""
-    block = (None, plan.packed, None, *x.shape[3:])
+    """An array [B,H,N,...] of which a step has its heads' and its chunks' part."""
+    block = (None, plan.packed, plan.parts, *x.shape[3:])
     return Array(x, block, lambda b, h, c: (b, h, c, 0, 0))
 
 

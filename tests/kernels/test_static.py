@@ -221,6 +221,22 @@ def test_bundles_are_counted_where_the_estimator_gives_up(asked):
     ]
 
 
+def test_an_estimate_of_nothing_is_none(asked, monkeypatch):
+    """The estimator says 0 of a body that is too long for it."""
+    case, own = shapes.SHIPPED[0], ahead.subprocess.run
+
+    def run(order, env, **how):
+        done = own(order, env, **how)
+        unit = "cycles" if asked[-1][-1] else "issued"
+        report = {"kernels": {"body": {unit: 7 * (unit == "issued")}}}
+        (Path(order[-1]) / "report.json").write_text(json.dumps(report))
+        return done
+
+    monkeypatch.setattr(ahead.subprocess, "run", run)
+    assert ahead.examine("v6e", case, "forward") == {"kernels": {"body": {"issued": 7}}}
+    assert [row[-1] for row in asked] == [True, False]
+
+
 @pytest.fixture
 def compiled(monkeypatch, tmp_path):
     """Compilers that say the same of every case, and a budget of their own."""
