@@ -45,7 +45,7 @@ class How(NamedTuple):
     @property
     def module(self) -> ModuleType:
         """The chip's kernels."""
-        return importlib.import_module(MODULES[self.chip])
+        return module_of(self.chip)
 
 
 class Tokens(NamedTuple):
@@ -57,6 +57,11 @@ class Tokens(NamedTuple):
     beta: Float[Array, "B H T"]
     log_decay: Float[Array, "B H T"]
     segments: Int[Array, "B T"] | None
+
+
+def module_of(chip: str) -> ModuleType:
+    """The chip's kernels of the delta rule."""
+    return importlib.import_module(MODULES[chip])
 
 
 def delta(q, k, v, beta, log_decay, *, mask: Mask, chunk: int, state):
@@ -93,7 +98,7 @@ def refuse_delta(q, k, v, beta, log_decay, *, mask: Mask, chunk: int, state) -> 
     chip = target().chip
     if chip not in MODULES:
         return f"the kernels of the delta rule are for TPUs, not for {chip}: use backend='xla'"
-    return importlib.import_module(MODULES[chip]).refuse(q, k, v)
+    return module_of(chip).refuse(q, k, v)
 
 
 def _forward(how: How, tokens: Tokens, state):

@@ -46,7 +46,7 @@ class How(NamedTuple):
     @property
     def module(self) -> ModuleType:
         """The chip's kernels."""
-        return importlib.import_module(MODULES[self.chip])
+        return module_of(self.chip)
 
 
 class Tokens(NamedTuple):
@@ -56,6 +56,11 @@ class Tokens(NamedTuple):
     k: Float[Array, "B T G R"]
     v: Float[Array, "B T H Dv"]
     log_decay: Float[Array, "B T H R"]
+
+
+def module_of(chip: str) -> ModuleType:
+    """The chip's kernels of a decay per channel."""
+    return importlib.import_module(MODULES[chip])
 
 
 def by_channel(q, k, v, log_decay, *, mask: Mask, chunk: int, state):
@@ -76,7 +81,7 @@ def by_channel(q, k, v, log_decay, *, mask: Mask, chunk: int, state):
         begins = jnp.pad(begins, [(0, 0), (1, 0)])[:, :, None, None]
         log_decay = jnp.where(begins, -jnp.inf, log_decay)
     chip, length = target(), v.shape[1]
-    chunk = importlib.import_module(MODULES[chip.chip]).chunk_length(length)
+    chunk = module_of(chip.chip).chunk_length(length)
     given = Tokens(*(pad(x, chunk) for x in (q, k, v, log_decay)))
     state = None if state is None else state.astype(jnp.float32)
     out, last = _pass(How(*chip, chunk), given, state)
@@ -90,7 +95,7 @@ def refuse_by_channel(q, k, v, log_decay, *, mask: Mask, chunk: int, state) -> s
     chip = target().chip
     if chip not in MODULES:
         return f"the kernels of a decay per channel are for TPUs, not for {chip}: use backend='xla'"
-    return importlib.import_module(MODULES[chip]).refuse(q, k, v)
+    return module_of(chip).refuse(q, k, v)
 
 
 def _forward(how: How, tokens: Tokens, state):

@@ -24,13 +24,13 @@ LEAST = 1e-30
 class Projection(NamedTuple):
     """FAVOR+'s features of x: exp(<x, w_r> - half |x|^2 - shift), the largest of them 1.
 
-    A shift is `log_scale`; None where the kernels find it themselves.
+    A shift is `log_scale`; None where the kernels find it themselves, or are asked for it.
     """
 
     weight: Float[Array, "R D"]
     half: float
     shift_q: Float[Array, "B G T"] | None
-    shift_k: Float[Array, "B G T"]
+    shift_k: Float[Array, "B G T"] | None
 
 
 class How(NamedTuple):
@@ -149,7 +149,7 @@ def _two_sided_forward(how: How, chunk: int, q, k, v, weight, log_scale):
     projection, end = _projection(how, q, k, weight), None
     if log_scale is not None:
         scale = to_heads(log_scale, max(k.shape[2], v.shape[2]))
-        if projection is not None:
+        if projection is not None and projection.shift_k is not None:
             scale = scale + to_heads(projection.shift_k, scale.shape[1])
         end = jnp.exp(scale - finite(jnp.max(scale, axis=2, keepdims=True)))
     of = {"projection": projection, "interpret": how.interpret}
@@ -238,6 +238,6 @@ def _ways(how: How, tokens: Tokens, entry: Entry | None, projection: Projection 
     if scale is None:
         shape = (tokens.q.shape[0], _heads(tokens), tokens.q.shape[1])
         scale = jnp.zeros_like(tokens.q, jnp.float32, shape=shape)
-    if projection is not None:
+    if projection is not None and projection.shift_k is not None:
         scale = scale + to_heads(projection.shift_k, scale.shape[1])
     return of_scales(scale, None if entry is None else entry.top, segments, how.chunk)

@@ -105,7 +105,7 @@ def chunk_length(length: int, *, rank: int, dim: int) -> int:
 
 def log_scale(x, weight, half: float, *, interpret=None):
     """max_r <x, w_r> - half |x|^2 [B,H,T] of x [B,T,H,D], with no array of T x R written out."""
-    projection = Projection(weight, half, None, x)  # no shift is read
+    projection = Projection(weight, half, None, None)
     plan = plan_of((x,), projection, chunk_length(x.shape[1], rank=1, dim=1)).whole()
 
     def body(at):
