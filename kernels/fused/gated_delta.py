@@ -67,9 +67,10 @@ def module_of(chip: str) -> ModuleType:
 def delta(q, k, v, beta, log_decay, *, mask: Mask, chunk: int, state):
     """`kernels.gated_delta_rule` in kernels of its own; arguments of its XLA path.
 
-    A chunk's system is solved in float32, other products are made in v's dtype, sums held in
-    float32. Log decays below `LEAST_LOG_DECAY` are taken for it and get no gradient, as in
-    `kernels.fused.linear.gated`. Chunks have the chip's own length, not `chunk`.
+    A chunk's system is solved in float32, or to 16 bits where v is bfloat16; other products are
+    made in v's dtype, sums held in float32. Log decays below `LEAST_LOG_DECAY` are taken for it and
+    get no gradient, as in `kernels.fused.linear.gated`. Chunks have the chip's own length, not
+    `chunk`.
     """
     how, length = How(*target()), v.shape[1]
     q, k = (x.astype(v.dtype) for x in (q, k))

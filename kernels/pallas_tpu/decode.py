@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.pallas_tpu.linear_plan import LANES, f32
+from kernels.pallas_tpu.chip import LANES
+from kernels.pallas_tpu.linear_plan import f32
 from kernels.varying import alike
 
 BLOCK = 1 << 20

@@ -1,9 +1,10 @@
 """The gated delta rule on TPU: the kernels of `kernels.fused.gated_delta`.
 
 A step of the grid is a chunk of some heads; chunks run in order, while the heads' states stay in
-VMEM. A chunk is solved by the inverse of its triangular system (`kernels.gated_delta_rule`), which
-is made and applied in float32; operands of other products have the inputs' dtype, sums are float32.
-The gradient first runs forward again, and writes what each chunk begins with and its inverse.
+VMEM. Widths are filled up to whole lanes. A chunk is solved by the inverse of its triangular system
+(`kernels.gated_delta_rule`), which is made and applied in float32, beside bfloat16 inputs to 16
+bits; operands of other products have the inputs' dtype, sums are float32. The gradient first runs
+forward again, and writes what each chunk begins with and its inverse.
 """
 
 import math
@@ -15,9 +16,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.fused.ways import Ways
 from kernels.pallas_tpu.carried import begin, by_block, finish
+from kernels.pallas_tpu.chip import LANES
 from kernels.pallas_tpu.linear_body import Vectors, factors_of, lanes_of, product, times
 from kernels.pallas_tpu.linear_plan import (
-    LANES,
     Plan,
     by_chunk,
     call,
@@ -36,7 +37,7 @@ LARGEST = 512
 CHUNK = 128
 """Tokens of a chunk."""
 BESIDE = 4
-"""Heads of a step; those of one fill waits of the other."""
+"""The most heads of a step, which fill each other's waits; `LARGEST` channels together."""
 
 
 def refuse(q, k, v) -> str | None:
@@ -45,7 +46,7 @@ def refuse(q, k, v) -> str | None:
         return f"the TPU kernels take bfloat16 and float32, not {v.dtype}: cast q, k and v"
     if max(q.shape[3], v.shape[3]) > LARGEST:
         widths = f"{q.shape[3]} and {v.shape[3]}"
-        return f"heads have {widths} channels, the kernels take {LARGEST}: use backend='xla'"
+        return f"heads have {widths} channels, the TPU kernels take {LARGEST}: use backend='xla'"
     return None
 
 
@@ -186,15 +187,19 @@ def _solved(plan: Plan, at, a: int, system: _System, inverse, held) -> _Chunk:
 
 
 def _precise(x, y, i: int, like):
-    """x y over dimension i of x: as float32, or, beside bfloat16 inputs, in two parts each, of
-    which the product of the small ones is left out.
+    """float32 x times y, over dimension i of x; beside bfloat16 inputs to 16 bits, by products of
+    what the numbers are rounded to and of what that leaves.
     """
     if like.dtype == f32:
         return product(x, y, i, 0)
-    high, low = zip(*((part.astype(like.dtype), part) for part in (x, y)), strict=True)
-    low = [(part - big.astype(f32)).astype(like.dtype) for part, big in zip(low, high, strict=True)]
-    pairs = ((high[0], high[1]), (high[0], low[1]), (low[0], high[1]))
-    return sum(product(a, b, i, 0) for a, b in pairs)
+    (x, dx), (y, dy) = (_in_two(part, like.dtype) for part in (x, y))
+    return product(x, y, i, 0) + (product(x, dy, i, 0) + product(dx, y, i, 0))
+
+
+def _in_two(x, dtype):
+    """x rounded, and the rest of it."""
+    rounded = x.astype(dtype)
+    return rounded, (x - rounded.astype(f32)).astype(dtype)
 
 
 def _weights(plan: Plan, at, a: int, system: _System):
@@ -224,9 +229,8 @@ def _grads(plan: Plan, at, a: int, system: _System):
     dchange += product(times(end, k), after, 1, 0)
     dwrong = _precise(here.inverse, dchange, 0, k)
     dv = beta * dwrong
-    # of the system, by <k_i, k_j>: and of the weights, by <q_i, k_j>
     dsystem = -product(dwrong.astype(dtype), change, 1, 1) * system.within
-    by_keys = (beta * dsystem).astype(dtype)
+    by_keys = (beta * dsystem).astype(dtype)  # the gradients of <k_i, k_j>, and of <q_i, k_j>
     by_queries = jnp.where(seen, product(dout, change, 1, 1) * vectors.within(), 0.0).astype(dtype)
 
     dq = product(by_queries, k, 1, 0) + start * product(dout, held, 1, 1)
@@ -252,7 +256,8 @@ def _planned(ways: Ways, **arrays):
     """The plan of a call, and its arrays with every head's channels filled up to whole lanes."""
     filled = {name: _fill(x, 3) for name, x in arrays.items()}
     plan = make_plan(tuple(filled[n] for n in "qkv"), None, CHUNK, ways)
-    return plan._replace(packed=math.gcd(plan.heads, BESIDE)), filled
+    room = max(1, min(BESIDE, LARGEST // max(plan.depth, plan.dim)))
+    return plan._replace(packed=math.gcd(plan.heads, room)), filled
 
 
 def _whole(channels: int) -> int:

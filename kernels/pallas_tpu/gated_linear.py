@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.pallas_tpu.carried import begin, by_block, finish
+from kernels.pallas_tpu.chip import LANES
 from kernels.pallas_tpu.gated_plan import (
     LARGEST,
     blocks_of,
@@ -45,7 +46,7 @@ from kernels.pallas_tpu.linear_body import (
     times,
     whole_product,
 )
-from kernels.pallas_tpu.linear_plan import LANES, Plan, call, f32, packed_heads, tokens, wide
+from kernels.pallas_tpu.linear_plan import Plan, call, f32, packed_heads, tokens, wide
 
 __all__ = ["backward", "chunk_length", "forward", "refuse"]
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.fused.passes import Projection
+from kernels.pallas_tpu.chip import LANES
 from kernels.pallas_tpu.linear_body import (
     Vectors,
     added,
@@ -39,7 +40,6 @@ from kernels.pallas_tpu.linear_body import (
     units,
 )
 from kernels.pallas_tpu.linear_plan import (
-    LANES,
     Plan,
     call,
     f32,

@@ -16,9 +16,9 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels import tuned
 from kernels.fused.passes import Projection
 from kernels.fused.ways import Ways
+from kernels.pallas_tpu.chip import LANES, VMEM
 from kernels.varying import alike
 
-LANES = 128
 VECTORS = ("row", "col", "start", "end", "keep", "segment", "inv_den", "r")
 """The rows of the block [8, C] of a chunk's float32 numbers per token."""
 
@@ -170,7 +170,7 @@ def call(body, plan: Plan, ins, outs, *, interpret, scratch=None):
         out_shape=[x.value.update(manual_axis_type=varies) for x in outs.values()],
         scratch_shapes=list(scratch.values()),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary")
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
         ),
         interpret=interpret or False,
     )(*arrays)

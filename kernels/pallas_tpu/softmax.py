@@ -15,11 +15,10 @@ from kernels.fused.softmax import Tiles
 from kernels.pallas_tpu import softmax_body as body
 from kernels.pallas_tpu import softmax_layout as layout
 from kernels.pallas_tpu import softmax_plan as plans
-from kernels.pallas_tpu.softmax_plan import LANES, Plan, tiles
+from kernels.pallas_tpu.chip import LANES, VMEM
+from kernels.pallas_tpu.softmax_plan import Plan, tiles
 
 __all__ = ["backward", "forward", "refuse", "tiles"]
-
-VMEM = 48 << 20
 
 
 def refuse(q, k, v, *, causal, window, segments, keys, resident) -> str | None:

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels.pallas_tpu.softmax_plan import LANES, Plan, Sides, both
+from kernels.pallas_tpu.chip import LANES
+from kernels.pallas_tpu.softmax_plan import Plan, Sides, both
 
 FLOOR = -1e30
 """The maximum of a row that has seen no key yet; no logit is below it."""

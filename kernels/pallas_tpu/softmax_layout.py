@@ -6,8 +6,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from kernels.fused.softmax import Tiles
+from kernels.pallas_tpu.chip import LANES
 
-LANES = 128
 LOGITS = 1 << 20
 """Logits of a block, over its heads."""
 REPEATS = 8

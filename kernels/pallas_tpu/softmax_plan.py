@@ -12,7 +12,8 @@ import numpy as np
 
 from kernels import tuned
 from kernels.fused.softmax import RESIDENT, Tiles, Window
-from kernels.pallas_tpu.softmax_layout import LANES, Heads, heads_of
+from kernels.pallas_tpu.chip import LANES
+from kernels.pallas_tpu.softmax_layout import Heads, heads_of
 
 HIDDEN = np.iinfo(np.int32).min
 """The segment of a key that is padding."""

@@ -131,7 +131,7 @@ def test_export_for_tpu():
     [
         ("for TPUs, not for hopper", "hopper", jnp.float32, 32),
         ("float16", "tpu", jnp.float16, 32),
-        ("576 and 32 channels, the kernels take 512", "tpu", jnp.float32, 576),
+        ("576 and 32 channels, the TPU kernels take 512", "tpu", jnp.float32, 576),
     ],
 )
 def test_what_no_kernel_takes_is_refused_with_a_reason(reason, chip, dtype, key):
