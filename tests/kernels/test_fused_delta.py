@@ -63,6 +63,15 @@ def test_bfloat16_is_a_rounding_away():
     agree(result(problem(150), "all", dtype=jnp.bfloat16), forward=5e-3, backward=1e-2)
 
 
+def test_beside_bfloat16_a_system_is_solved_to_sixteen_bits():
+    from kernels.pallas_tpu.gated_delta import _precise
+
+    x, y = (support.draw((64, 64), seed=seed) for seed in (0, 1))
+    like = jnp.zeros((), jnp.bfloat16)
+    assert support.relative(_precise(jnp.asarray(x), jnp.asarray(y), 1, like), x @ y) < 2e-5
+    assert support.relative(_precise(jnp.asarray(x), jnp.asarray(y), 0, like), x.T @ y) < 2e-5
+
+
 @slow
 @pytest.mark.parametrize(("top", "forward"), [(1.0, 1e-5), (1.99, 1e-4)])
 def test_a_token_repeated_three_hundred_times(top, forward):
