@@ -3,29 +3,22 @@
 Outputs, last states and all gradients; the recurrence is in float64.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import Mask, gated_delta_rule, reference
-from kernels.target import use
+from kernels import gated_delta_rule as op
+from kernels import reference
 from tests import support
+from tests.kernels import on_tpu
 from tests.kernels.compare import agree, both
 from tests.kernels.recurrent import causal_mask, decays, joined, tokens
-from tests.kernels.simulated import SIMULATOR, pallas
+from tests.kernels.simulated import pallas
 
 pytestmark = pallas
 slow = pytest.mark.slow
 LENGTHS = (1, 7, 63, 100, 257)
-
-
-def fused(*args, interpret=True, **options):
-    """The op by its kernels, outputs and state in one array."""
-    with use("tpu", interpret):
-        return joined(gated_delta_rule)(*args, backend="pallas", **options)
 
 
 def problem(length, *, heads=2, key=32, value=32, top=2.0, **options):
@@ -39,7 +32,9 @@ def problem(length, *, heads=2, key=32, value=32, top=2.0, **options):
 
 def result(given, mask, **options):
     recurrence = joined(reference.gated_delta_rule)
-    return both(fused, recurrence, given, causal_mask(mask, given["v"].shape[1]), **options)
+    return both(
+        on_tpu.fused(op), recurrence, given, causal_mask(mask, given["v"].shape[1]), **options
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,57 +77,26 @@ def test_a_token_repeated_three_hundred_times(top, forward):
     agree(result(given, "none"), forward=forward, backward=2 * forward)
 
 
-def loss(given, interpret=True):
-    out = fused(**given, mask=Mask(causal=True), interpret=interpret)
-    return jnp.sum(jnp.sin(out))
-
-
-def run(interpret=True):
-    """The op's loss and its gradient by all that it is given."""
-    return jax.value_and_grad(functools.partial(loss, interpret=interpret))
-
-
-def quick(function):
-    return jax.jit(function, compiler_options=support.fast())
-
-
-def same(found, expected):
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert np.isfinite(a).all()
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-
-
 @slow
 def test_the_simulator_of_tpu_finds_no_race_and_nothing_unwritten():
-    given = jax.tree.map(jnp.asarray, problem(140, batch=1))
-    same(quick(run(SIMULATOR))(given), quick(run())(given))
+    on_tpu.no_race_and_nothing_unwritten(op, problem(140, batch=1))
 
 
 @slow
 def test_vmap_and_checkpoint():
-    given = jax.tree.map(jnp.asarray, problem(20))
-
-    def mapped(given):
-        apart = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), given)
-        return jnp.sum(jax.vmap(jax.checkpoint(loss))(apart))
-
-    same(quick(jax.value_and_grad(mapped))(given), quick(run())(given))
+    on_tpu.vmap_and_checkpoint(op, problem(20))
 
 
 def test_without_decay_is_a_decay_of_one():
     given = jax.tree.map(jnp.asarray, problem(20, batch=1))
     still = given | {"log_decay": jnp.zeros_like(given["log_decay"])}
+    loss = on_tpu.quick(on_tpu.loss(op))
     del given["log_decay"]
-    np.testing.assert_array_equal(quick(loss)(given), quick(loss)(still))
+    np.testing.assert_array_equal(loss(given), loss(still))
 
 
 def test_export_for_tpu():
-    given = {
-        name: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if name in "qkv" else jnp.float32)
-        for name, x in problem(300, batch=2, heads=4, key=96, value=192).items()
-    }
-    made = jax.export.export(jax.jit(run(None)), platforms=["tpu"])(given)
-    assert made.mlir_module().count("tpu_custom_call") == 3
+    assert on_tpu.exported_kernels(op, problem(300, batch=2, heads=4, key=96, value=192)) == 3
 
 
 @pytest.mark.parametrize(
@@ -144,6 +108,4 @@ def test_export_for_tpu():
     ],
 )
 def test_what_no_kernel_takes_is_refused_with_a_reason(reason, chip, dtype, key):
-    given = {name: jnp.asarray(x, dtype) for name, x in problem(9, batch=1, key=key).items()}
-    with use(chip), pytest.raises(NotImplementedError, match=reason):
-        gated_delta_rule(**given, backend="pallas")
+    on_tpu.refused(op, problem(9, batch=1, key=key), chip=chip, dtype=dtype, reason=reason)
