@@ -108,7 +108,7 @@ def _cells(
         return ("" if ran else kinds.get(label, ABSENT)), theirs, ""
     mean, deviation = results.mean(label, column.metric), results.deviation(label, column.metric)
     ours = column.show(mean)
-    if deviation is not None:
+    if deviation:  # 0 of what is counted, not measured
         ours += f" ± {Column('', '', column.factor, 2).show(deviation)}"
     if published is None:
         return ours, "", ""
