@@ -8,8 +8,8 @@ at five rates with fusion, and without. PATH is a folder with train/<class>/*, o
 cifar10 unless given.
 
 Scales: "small" has a transformer of 6 layers of width 64 on 64 patches, which drops in layers 2, 3
-and 5, and 1,000 steps of 64, 2 to 5 minutes a row on two CPU cores; "paper" EViT-DeiT-S on ImageNet
-by DeiT's recipe (`configs/imagenet.py`), 300 epochs from scratch.
+and 5, and 1,000 steps of 64, a quarter of an hour a row on a CPU core; "paper" EViT-DeiT-S on
+ImageNet by DeiT's recipe (`configs/imagenet.py`), 300 epochs from scratch.
 
 Expect: multiply-adds as 4.6, 3.0 and 2.3 of DeiT-S at 1, 0.7 and 0.5; accuracy falls slowly.
 

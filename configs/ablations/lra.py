@@ -19,8 +19,8 @@ image takes a folder of class folders, or cifar10 of TFDS ("paper") and digits (
 ListOps and Pathfinder are generated.
 
 Scales: "small" has expressions of 64 tokens, 256 bytes, 64 pixels of digits, Pathfinder of 16 x 16:
-models of 2 layers of width 64 and 1,500 steps, 1 to 4 minutes a row on two CPU cores. "paper" is
-for an accelerator; 5,000 to 62,400 steps.
+models of 2 layers of width 64 and 1,500 steps; on a CPU core 2 to 5 minutes a row of 64 tokens, 10
+to 16 of 256. "paper" is for an accelerator; 5,000 to 62,400 steps.
 
 Traps of the published numbers. Two averages are about (Transformer 54.39 and 53.66), and the
 paper's of Sinkhorn, 51.39, is 51.48. The ListOps tokenizer dropped brackets until March 2021. The
