@@ -38,6 +38,7 @@ from kernels.pallas_tpu.linear_body import (
     through,
     times,
     units,
+    whole_product,
 )
 from kernels.pallas_tpu.linear_plan import (
     Plan,
@@ -210,20 +211,20 @@ def _query_grads(
             {u: product(entering[u], v[u], 0, 0) for u in there},
             {u: column_sums(entering[u]) for u in there} if normalise else None,
         )  # fmt: skip
-        dq = {u: product(dout[u], v[u], 1, 1) for u in there}
+        dq, crossed = {u: product(dout[u], v[u], 1, 1) for u in there}, {}
         for u in there:
             here = vectors[u]
             within = dq[u] * here.col("inv_den") + here.col("r")
             within = jnp.where(here.seen(), within * here.within(), 0.0).astype(v[u].dtype)
-            state, norm = held[u]
-            before = product(dout[u], state.astype(v[u].dtype), 1, 1) * here.col("inv_den")
+            inside, before = product(within, k[u], 1, 0), _read(dout[u], held[u][0], normalise)
             if normalise:
-                before += here.col("r") * norm
-            dq[u] = product(within, k[u], 1, 0) + here.col("start") * before
+                before = before * here.col("inv_den") + here.col("r") * held[u][1]
+            dq[u] = inside + here.col("start") * before
+            crossed[u] = inside, before
         q = staged_features(plan, at, "q", there) if reads_q else {}
         for a, n in q:
-            phi = q[a, n].astype(f32)
-            dot = jnp.sum(phi * dq[a, n], axis=1, keepdims=True)
+            start = vectors[a, n].col("start")
+            phi, dot = _dot(q[a, n], dq[a, n], start, *crossed[a, n], normalise)
             at.q_dq[a, n] = jnp.transpose(dot)
             x = lanes_of(plan, at.q[rows(plan, n)], a)
             dq[a, n] = through(plan, at, x, phi, dq[a, n], dot)
@@ -238,6 +239,22 @@ def _query_grads(
         queries, plan, tokens(plan, **there) | given | state_in(plan, state), outs,
         scratch=state_scratch(plan), interpret=interpret,
     )  # fmt: skip
+
+
+def _read(x, state, normalise: bool):
+    """What x gets of a state; all of it where decays ask how much that is."""
+    return product(x, state.astype(x.dtype), 1, 1) if normalise else whole_product(x, state, 1, 1)
+
+
+def _dot(x, dx, factor, inside, outside, normalise: bool):
+    """x in float32, and <x, dx> [C, 1], dx = inside + factor outside.
+
+    A decay's gradient is a difference of such sums of queries and of keys, in which all that does
+    not pass the token cancels: both passes multiply by the same rounded numbers.
+    """
+    wide = x.astype(f32)
+    terms = wide * dx if normalise else wide * inside + times(factor, x).astype(f32) * outside
+    return wide, jnp.sum(terms, axis=1, keepdims=True)
 
 
 def _key_grads(
@@ -271,11 +288,11 @@ def _key_grads(
             grad = jnp.where(seen, grad, 0.0).astype(dtype)
             end, after = here.col("end"), held[u][0].astype(dtype)
             dv[u] = product(weight, dout[u], 1, 0) + end * product(k[u], after, 1, 0)
-            later = product(v[u], after, 1, 1)
+            inside, later = product(grad, q[u], 1, 0), _read(v[u], held[u][0], normalise)
             if normalise:
                 later += held[u][1]
-            dphi, phi = product(grad, q[u], 1, 0) + end * later, k[u].astype(f32)
-            dot = jnp.sum(phi * dphi, axis=1, keepdims=True)
+            dphi = inside + end * later
+            phi, dot = _dot(k[u], dphi, end, inside, later, normalise)
             at.k_dk[u] = jnp.transpose(dot)
             a, n = u
             dk[u] = through(plan, at, lanes_of(plan, at.k[rows(plan, n)], a), phi, dphi, dot)
