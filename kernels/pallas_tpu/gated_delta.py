@@ -17,7 +17,15 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels.fused.ways import Ways
 from kernels.pallas_tpu.carried import begin, by_block, finish
 from kernels.pallas_tpu.chip import LANES
-from kernels.pallas_tpu.linear_body import Vectors, factors_of, lanes_of, product, times
+from kernels.pallas_tpu.linear_body import (
+    Vectors,
+    factors_of,
+    in_two,
+    lanes_of,
+    places,
+    product,
+    times,
+)
 from kernels.pallas_tpu.linear_plan import (
     Plan,
     by_chunk,
@@ -152,7 +160,7 @@ class _Chunk(NamedTuple):
 def _systems(plan: Plan, at) -> list[_System]:
     """Those of every head of a step."""
     made = []
-    i, j = (jax.lax.broadcasted_iota(jnp.int32, (plan.chunk,) * 2, axis) for axis in (0, 1))
+    i, j = places(plan.chunk)
     for a in range(plan.packed):
         vectors, k = Vectors(plan, at, a, 0, False), lanes_of(plan, at.k[...], a)
         within = jnp.where(vectors.seen() & (i > j), vectors.within(), 0.0)
@@ -165,7 +173,7 @@ def _inverses(plan: Plan, systems: list[_System]) -> list[jax.Array]:
 
     The blocks of `kernels.gated_delta_rule.unit_lower_inverse`, those of one size in one matrix.
     """
-    i, j = (jax.lax.broadcasted_iota(jnp.int32, (plan.chunk,) * 2, axis) for axis in (0, 1))
+    i, j = places(plan.chunk)
     apart, half, like = i ^ j, 2, systems[0].k
     given = [x.beta * x.products * x.within for x in systems]
     made = [jnp.where(apart == 0, 1.0, jnp.where(apart == 1, -x, 0.0)) for x in given]
@@ -192,14 +200,8 @@ def _precise(x, y, i: int, like):
     """
     if like.dtype == f32:
         return product(x, y, i, 0)
-    (x, dx), (y, dy) = (_in_two(part, like.dtype) for part in (x, y))
+    (x, dx), (y, dy) = (in_two(part, like.dtype) for part in (x, y))
     return product(x, y, i, 0) + (product(x, dy, i, 0) + product(dx, y, i, 0))
-
-
-def _in_two(x, dtype):
-    """x rounded, and the rest of it."""
-    rounded = x.astype(dtype)
-    return rounded, (x - rounded.astype(f32)).astype(dtype)
 
 
 def _weights(plan: Plan, at, a: int, system: _System):

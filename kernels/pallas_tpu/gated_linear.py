@@ -42,6 +42,7 @@ from kernels.pallas_tpu.linear_body import (
     chosen,
     head_of,
     lanes_of,
+    places,
     product,
     times,
     whole_product,
@@ -234,7 +235,7 @@ def _fading(log_decay) -> _Fading:
 
 def _pairs(chunk: int):
     """i ^ j and i - j at [i, j]."""
-    i, j = (jax.lax.broadcasted_iota(jnp.int32, (chunk, chunk), axis) for axis in (0, 1))
+    i, j = places(chunk)
     return i ^ j, i - j
 
 

@@ -35,6 +35,7 @@ from kernels.pallas_tpu.linear_body import (
     product,
     rows,
     staged_features,
+    taken,
     through,
     times,
     units,
@@ -131,15 +132,10 @@ def forward(q, k, v, ways, *, state, projection, normalise: bool, chunk: int, in
         begin(at, plan)
         there = units(plan)
         vectors = {u: Vectors(plan, at, *u, False) for u in there}
-        v = {(a, n): lanes_of(plan, at.v[rows(plan, n)], a) for a, n in there}
+        v = taken(plan, at, "v", there, lanes_of)
         q, k = (staged_features(plan, at, name, there) for name in "qk")
         weights = {u: product(q[u], k[u], 1, 1) for u in there}
-        entering = {u: times(vectors[u].col("end"), k[u]) for u in there}
-        held = passed(
-            plan, at, {u: vectors[u].keep() for u in there},
-            {u: product(entering[u], v[u], 0, 0) for u in there},
-            {u: column_sums(entering[u]) for u in there} if normalise else None,
-        )  # fmt: skip
+        held = _absorbed(plan, at, vectors, k, v, normalise)
         before = {u: product(q[u], held[u][0].astype(v[u].dtype), 1, 0) for u in there}
         for u in there:
             weights[u] = jnp.where(vectors[u].seen(), weights[u] * vectors[u].within(), 0.0)
@@ -165,6 +161,16 @@ def forward(q, k, v, ways, *, state, projection, normalise: bool, chunk: int, in
     )  # fmt: skip
     out = made["out"].reshape(*q.shape[:2], plan.heads, plan.dim)
     return out, joined(made["den"]) if normalise else None, state_of(plan, made)
+
+
+def _absorbed(plan: Plan, at, vectors, k, v, normalise: bool):
+    """S and z that every unit begins with, as keys and values enter them."""
+    entering = {u: times(vectors[u].col("end"), k[u]) for u in vectors}
+    return passed(
+        plan, at, {u: vectors[u].keep() for u in vectors},
+        {u: product(entering[u], v[u], 0, 0) for u in vectors},
+        {u: column_sums(entering[u]) for u in vectors} if normalise else None,
+    )  # fmt: skip
 
 
 def _put(plan: Plan, ref, gather, parts) -> None:
@@ -202,15 +208,10 @@ def _query_grads(
         begin(at, plan)
         there = units(plan)
         vectors = {u: Vectors(plan, at, *u, normalise) for u in there}
-        v = {(a, n): lanes_of(plan, at.v[rows(plan, n)], a) for a, n in there}
-        dout = {(a, n): head_of(plan, at.dout[rows(plan, n)], a) for a, n in there}
+        v = taken(plan, at, "v", there, lanes_of)
+        dout = taken(plan, at, "dout", there, head_of)
         k = staged_features(plan, at, "k", there)
-        entering = {u: times(vectors[u].col("end"), k[u]) for u in there}
-        held = passed(
-            plan, at, {u: vectors[u].keep() for u in there},
-            {u: product(entering[u], v[u], 0, 0) for u in there},
-            {u: column_sums(entering[u]) for u in there} if normalise else None,
-        )  # fmt: skip
+        held = _absorbed(plan, at, vectors, k, v, normalise)
         dq, crossed = {u: product(dout[u], v[u], 1, 1) for u in there}, {}
         for u in there:
             here = vectors[u]
@@ -266,8 +267,8 @@ def _key_grads(
         begin(at, plan)
         there = units(plan)
         vectors = {u: Vectors(plan, at, *u, normalise) for u in there}
-        v = {(a, n): lanes_of(plan, at.v[rows(plan, n)], a) for a, n in there}
-        dout = {(a, n): head_of(plan, at.dout[rows(plan, n)], a) for a, n in there}
+        v = taken(plan, at, "v", there, lanes_of)
+        dout = taken(plan, at, "dout", there, head_of)
         q, k = (staged_features(plan, at, name, there) for name in "qk")
         start = {u: vectors[u].col("start") for u in there}
         reading = {u: times(start[u] * vectors[u].col("inv_den"), q[u]) for u in there}

@@ -39,6 +39,11 @@ def rows(plan: Plan, n: int) -> slice:
     return slice(n * plan.chunk, (n + 1) * plan.chunk)
 
 
+def taken(plan: Plan, at, name: str, there, take):
+    """Each unit's part of an operand; take: `lanes_of`, or `head_of` with other heads' lanes 0."""
+    return {(a, n): take(plan, getattr(at, name)[rows(plan, n)], a) for a, n in there}
+
+
 def passed(plan: Plan, at, keep, sums, norm=None):
     """S and z [1, R] that every unit begins with; what the last part leaves is the next step's.
 
@@ -121,9 +126,19 @@ def whole_product(x, held, i: int, j: int):
     """`product` with float32 numbers beside bfloat16 ones, in two parts of which none is lost."""
     if x.dtype == f32:
         return product(x, held, i, j)
-    high = held.astype(x.dtype)
-    low = (held - high.astype(f32)).astype(x.dtype)
+    high, low = in_two(held, x.dtype)
     return product(x, high, i, j) + product(x, low, i, j)
+
+
+def in_two(x, dtype):
+    """float32 x rounded to `dtype`, and the rest of it."""
+    rounded = x.astype(dtype)
+    return rounded, (x - rounded.astype(f32)).astype(dtype)
+
+
+def places(chunk: int):
+    """i and j at [i, j] of a chunk's pairs."""
+    return (jax.lax.broadcasted_iota(jnp.int32, (chunk, chunk), axis) for axis in (0, 1))
 
 
 def _own(plan: Plan, width: int, a: int):
@@ -206,7 +221,7 @@ def features(plan: Plan, at, name: str, a: int):
 
 def staged_features(plan: Plan, at, name: str, there):
     """Each unit's features of queries or keys, in their dtype; a projection's over the largest."""
-    x = {(a, n): head_of(plan, getattr(at, name)[rows(plan, n)], a) for a, n in there}
+    x = taken(plan, at, name, there, head_of)
     if plan.half is None:
         return x
     logits = {u: logits_of(x[u], at.weight) for u in there}

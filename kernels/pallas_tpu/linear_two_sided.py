@@ -12,6 +12,7 @@ from kernels.pallas_tpu.linear_body import (
     added,
     begin,
     chosen,
+    column_sums,
     factors_of,
     features,
     finish,
@@ -49,7 +50,7 @@ def sums(k, v, *, end, fill=None, projection, chunk: int, interpret=None):
         for a in range(plan.packed):
             k, v = features(plan, at, "k", a), lanes_of(plan, at.v[...], a)
             at.sums[a] += product(times(factors_of(at, a), k), v, 0, 0)
-            at.norm[a] += jnp.sum(factors_of(at, a, 1) * k.astype(f32), axis=0, keepdims=True)
+            at.norm[a] += column_sums(factors_of(at, a, 1) * k.astype(f32))
         finish(at, plan)
 
     ins = tokens(plan, k=k, v=v) | lines(plan, end=end, fill=fill)
@@ -99,7 +100,7 @@ def read_backward(q, sums, norm, *, dout, inv_den, r, projection, chunk: int, in
             dot = jnp.sum(phi * dphi, axis=1, keepdims=True)
             dq.append(through(plan, at, lanes_of(plan, at.q[...], a), phi, dphi, dot))
             at.sums[a] += product(times(inverse, q), dout, 0, 0)
-            at.norm[a] += jnp.sum(r * phi, axis=0, keepdims=True)
+            at.norm[a] += column_sums(r * phi)
         at.dq[...] = gathered(plan, dq).astype(at.dq.dtype)
         finish(at, plan)
 
