@@ -18,6 +18,8 @@ chip's module has, on arrays of [B, T, heads, channels]:
         -> out [B,T,H,Dv], den [B,H,T], (S [B,H,R,Dv], z [B,H,R])
     backward(q, k, v, ways, *, dout, inv_den, r, state, dstate, projection, normalise, chunk,
         interpret) -> dq, dk [B,T,H,R or D], dv [B,T,H,Dv], q_dq, k_dk [B,H,T], (dS, dz)
+        r: -<dout, out> / den; a module that finds it itself, of sums not rounded, leaves the one
+        that is given, here and in read_backward
     sums(k, v, *, end [B,G,S] | None, fill [B,G,S] | None, projection, chunk, interpret)
         -> S = sum end_j k_j v_j^T [B,G,R,Dv], z = sum fill_j k_j [B,G,R]; fill None: end's
     read(q, S, z, *, projection, normalise, chunk, interpret) -> out [B,T,H,Dv], den [B,H,T]

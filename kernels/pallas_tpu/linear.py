@@ -9,7 +9,7 @@ wide that costs nothing. Its S has the rows and lanes of the whole block; lanes 
 are dropped.
 
 Operands of matrix products have the inputs' dtype, sums are float32; float32 operands are
-multiplied as such (six passes of bfloat16). Numbers per token come eight to a chunk (`VECTORS`).
+multiplied as such (six passes of bfloat16). Numbers per token come as lines of one (`VECTORS`).
 """
 
 from typing import Any
@@ -37,12 +37,14 @@ from kernels.pallas_tpu.linear_body import (
     staged_features,
     taken,
     through,
+    through_quotient,
     times,
     units,
     whole_product,
 )
 from kernels.pallas_tpu.linear_plan import (
     Plan,
+    by_chunk,
     call,
     f32,
     joined,
@@ -184,25 +186,24 @@ def backward(
     q, k, v, ways, *,
     dout, inv_den, r, state, dstate, projection, normalise: bool, chunk: int, interpret=None,
 ):  # fmt: skip
-    """See `kernels.fused.linear`; q_dq is None where q is not read: normalised, no projection."""
+    """See `kernels.fused.linear`; q_dq, which is 0 where it is normalised, is None there."""
     plan = plan_of((q, k, v), projection, chunk, ways)
-    given = ways_in(plan, ways, inv_den, r) if normalise else ways_in(plan, ways)
-    given |= weight_in(plan, projection, q)
-    reads_q = projection is not None or not normalise
+    given = ways_in(plan, ways, inv_den if normalise else None) | weight_in(plan, projection, q)
     arrays = {"q": q, "k": k, "v": v, "dout": dout}
-    how = {"given": given, "normalise": normalise, "interpret": interpret}
-    first = _query_grads(plan, arrays, state=state, reads_q=reads_q, **how)
-    second = _key_grads(plan._replace(backwards=True), arrays, dstate=dstate, **how)
+    how = {"normalise": normalise, "interpret": interpret}
+    first = _query_grads(plan, arrays, given=given, state=state, **how)
+    if normalise:
+        given |= {"r": by_chunk(plan, first["r"])}
+    turned = plan._replace(backwards=True)
+    second = _key_grads(turned, arrays, given=given, dstate=dstate, **how)
     dq, dk, dv = (x.reshape(*q.shape[:2], plan.heads, -1) for x in
                   (first["dq"], second["dk"], second["dv"]))  # fmt: skip
-    q_dq = joined(first["q_dq"]) if reads_q else None
+    q_dq = None if normalise else joined(first["q_dq"])
     return dq, dk, dv, q_dq, joined(second["k_dk"]), state_of(plan, second)
 
 
-def _query_grads(
-    plan: Plan, arrays, *, given, state, normalise: bool, reads_q: bool, interpret
-) -> dict[str, jax.Array]:
-    """dq, chunks in order, S and z made again; q_dq too, where q is read."""
+def _query_grads(plan: Plan, arrays, *, given, state, normalise: bool, interpret):
+    """dq, chunks in order, S and z made again; r or, of what is not normalised, q_dq too."""
 
     def queries(at):
         begin(at, plan)
@@ -210,34 +211,33 @@ def _query_grads(
         vectors = {u: Vectors(plan, at, *u, normalise) for u in there}
         v = taken(plan, at, "v", there, lanes_of)
         dout = taken(plan, at, "dout", there, head_of)
-        k = staged_features(plan, at, "k", there)
+        q, k = (staged_features(plan, at, name, there) for name in "qk")
         held = _absorbed(plan, at, vectors, k, v, normalise)
-        dq, crossed = {u: product(dout[u], v[u], 1, 1) for u in there}, {}
+        pairs = {u: product(dout[u], v[u], 1, 1) for u in there}
+        dq = {}
         for u in there:
-            here = vectors[u]
-            within = dq[u] * here.col("inv_den") + here.col("r")
-            within = jnp.where(here.seen(), within * here.within(), 0.0).astype(v[u].dtype)
-            inside, before = product(within, k[u], 1, 0), _read(dout[u], held[u][0], normalise)
+            (a, n), here, dtype = u, vectors[u], v[u].dtype
+            start, share = here.col("start"), jnp.where(here.seen(), here.within(), 0.0)
+            inside = product((pairs[u] * share).astype(dtype), k[u], 1, 0)
+            before = _read(dout[u], held[u][0], normalise)
             if normalise:
-                before = before * here.col("inv_den") + here.col("r") * held[u][1]
-            dq[u] = inside + here.col("start") * before
-            crossed[u] = inside, before
-        q = staged_features(plan, at, "q", there) if reads_q else {}
-        for a, n in q:
-            start = vectors[a, n].col("start")
-            phi, dot = _dot(q[a, n], dq[a, n], start, *crossed[a, n], normalise)
-            at.q_dq[a, n] = jnp.transpose(dot)
+                norm = product(share.astype(dtype), k[u], 1, 0) + start * held[u][1]
+                inverse = here.col("inv_den")
+                phi, dphi, r = through_quotient(q[u], inside + start * before, norm, inverse)
+                at.r[u] = jnp.transpose(r)
+                dot = None
+            else:
+                dphi = inside + start * before
+                phi, dot = _dot(q[u], dphi, start, inside, before, normalise)
+                at.q_dq[u] = jnp.transpose(dot)
             x = lanes_of(plan, at.q[rows(plan, n)], a)
-            dq[a, n] = through(plan, at, x, phi, dq[a, n], dot)
+            dq[u] = through(plan, at, x, phi, dphi, dot)
         _put(plan, at.dq, gathered, dq)
 
-    there = arrays if reads_q else {name: x for name, x in arrays.items() if name != "q"}
     q = arrays["q"]
-    outs: dict[str, Any] = {"dq": wide(plan, q.dtype, q.shape[3])}
-    if reads_q:
-        outs["q_dq"] = rows_of(plan)
+    outs = {"dq": wide(plan, q.dtype, q.shape[3]), "r" if normalise else "q_dq": rows_of(plan)}
     return call(
-        queries, plan, tokens(plan, **there) | given | state_in(plan, state), outs,
+        queries, plan, tokens(plan, **arrays) | given | state_in(plan, state), outs,
         scratch=state_scratch(plan), interpret=interpret,
     )  # fmt: skip
 

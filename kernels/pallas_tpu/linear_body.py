@@ -62,16 +62,21 @@ def passed(plan: Plan, at, keep, sums, norm=None):
 
 
 class Vectors:
-    """A unit's numbers per token as columns [C, 1] or lines [1, C]; 1 (r: 0) where none are."""
+    """A unit's numbers per token as columns [C, 1] or lines [1, C]; 1 (r: 0) where none are.
+
+    r, the gradient of the normaliser, is an operand of its own: a kernel made it.
+    """
 
     def __init__(self, plan: Plan, at, a: int, n: int, quotient: bool):
         self.plan, self.at, self.a, self.n = plan, at, a, n
-        self.there = {"inv_den": quotient, "r": quotient}
+        self.quotient = quotient
 
     def line(self, name: str):
         """The numbers of that name, [1, C]."""
-        if not self.there.get(name, self.plan.scaled):
-            return 0.0 if name == "r" else 1.0
+        if name == "r":
+            return self.at.r[self.a, self.n] if self.quotient else 0.0
+        if not (self.quotient if name == "inv_den" else self.plan.scaled):
+            return 1.0
         i = VECTORS.index(name)
         return self.at.vectors[self.a, self.n, i : i + 1]
 
@@ -229,11 +234,24 @@ def staged_features(plan: Plan, at, name: str, there):
     return {u: jnp.exp(logits[u] - top[u]).astype(x[u].dtype) for u in there}
 
 
+def through_quotient(phi, dnum, norm, inverse):
+    """phi in float32, its gradient, and that of the normaliser [C, 1]: r = -<dout, out> / den.
+
+    out = <phi, S> / <phi, norm> does not change with the length of phi [C, R]; so, whatever is
+    rounded, its gradient dnum / den + r norm must have nothing along phi, which says what r is. One
+    made of the rounded `out` is off in one and the same direction for all keys, as their sum is.
+    dnum: the gradient that the numerator gives, times den.
+    """
+    phi = phi.astype(f32)
+    r = -jnp.sum(phi * dnum, axis=1, keepdims=True) * inverse * inverse  # no overflow
+    return phi, dnum * inverse + r * norm, r
+
+
 def through(plan: Plan, at, x, phi, dphi, dot):
-    """The gradient of queries or keys x from that of their features; dot = <phi, dphi>."""
+    """The gradient of queries or keys x from that of their features; dot = <phi, dphi>, None: 0."""
     if plan.half is None:
         return dphi
     dlogits = (dphi * phi).astype(x.dtype)
     dx = product(dlogits, at.weight[...], 1, 0)
     dx = functools.reduce(jnp.add, jnp.split(dx, dx.shape[1] // x.shape[1], axis=1))
-    return dx - 2 * plan.half * dot * x.astype(f32)
+    return dx if dot is None else dx - 2 * plan.half * dot * x.astype(f32)

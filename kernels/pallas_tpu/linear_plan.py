@@ -19,8 +19,8 @@ from kernels.fused.ways import Ways
 from kernels.pallas_tpu.chip import LANES, VMEM
 from kernels.varying import alike
 
-VECTORS = ("row", "col", "start", "end", "keep", "segment", "inv_den", "r")
-"""The rows of the block [8, C] of a chunk's float32 numbers per token."""
+VECTORS = ("row", "col", "start", "end", "keep", "segment", "inv_den")
+"""The rows of the block [7, C] of a chunk's float32 numbers per token."""
 
 UNITS = 8
 """The most heads times parts of a step."""
@@ -224,7 +224,7 @@ def joined(x):
     return rearrange(x, "b h n 1 c -> b h (n c)")
 
 
-def ways_in(plan: Plan, ways: Ways | None, inv_den=None, r=None) -> dict[str, Array]:
+def ways_in(plan: Plan, ways: Ways | None, inv_den=None) -> dict[str, Array]:
     """`VECTORS` of every token; what a call does not need is 0."""
     if ways is None and inv_den is None:
         return {}
@@ -237,7 +237,7 @@ def ways_in(plan: Plan, ways: Ways | None, inv_den=None, r=None) -> dict[str, Ar
             count = jnp.cumsum(jnp.pad(changes, [(0, 0), (1, 0)]).astype(jnp.int32), axis=1)
             made["segment"] = count.astype(f32)[:, None]
     if inv_den is not None:
-        made |= {"inv_den": inv_den, "r": r}
+        made["inv_den"] = inv_den
     return {"vectors": by_chunk(plan, _stacked(plan, made.values()))}
 
 

@@ -22,6 +22,7 @@ from kernels.pallas_tpu.linear_body import (
     lanes_of,
     product,
     through,
+    through_quotient,
     times,
 )
 from kernels.pallas_tpu.linear_plan import (
@@ -94,17 +95,15 @@ def read_backward(q, sums, norm, *, dout, inv_den, r, projection, chunk: int, in
         dq = []
         for a in range(plan.packed):
             q, dout = features(plan, at, "q", a), head_of(plan, at.dout[...], a)
-            inverse, r = factors_of(at, a), factors_of(at, a, 1)
-            read = product(dout, at.state_sums[a].astype(q.dtype), 1, 1)
-            dphi, phi = read * inverse + r * at.state_norm[a], q.astype(f32)
-            dot = jnp.sum(phi * dphi, axis=1, keepdims=True)
-            dq.append(through(plan, at, lanes_of(plan, at.q[...], a), phi, dphi, dot))
+            inverse, dnum = factors_of(at, a), product(dout, at.state_sums[a].astype(q.dtype), 1, 1)
+            phi, dphi, r = through_quotient(q, dnum, at.state_norm[a], inverse)
+            dq.append(through(plan, at, lanes_of(plan, at.q[...], a), phi, dphi, None))
             at.sums[a] += product(times(inverse, q), dout, 0, 0)
             at.norm[a] += column_sums(r * phi)
         at.dq[...] = gathered(plan, dq).astype(at.dq.dtype)
         finish(at, plan)
 
-    ins = tokens(plan, q=q, dout=dout) | lines(plan, inv_den=inv_den, r=r)
+    ins = tokens(plan, q=q, dout=dout) | lines(plan, inv_den=inv_den)
     ins |= weight_in(plan, projection, q) | state_in(plan, (sums, norm))
     outs = {"dq": wide(plan, q.dtype, q.shape[3])} | state_out(plan)
     made = call(body, plan, ins, outs, scratch=state_scratch(plan), interpret=interpret)
