@@ -22,10 +22,10 @@ from typing import Any
 from efficient_attn.config import require
 from efficient_attn.errors import UserError
 from efficient_attn.tools.ablate.load import HERE
-from efficient_attn.tools.ablate.results import Record
+from efficient_attn.tools.ablate.results import Record, read_records
 from efficient_attn.tools.table import row
 from efficient_attn.train.flags import run
-from efficient_attn.train.workdir import read_json, read_lines
+from efficient_attn.train.workdir import read_json
 
 OUT = Path("docs/results")
 HEAD = ["ablation", "paper", "scale", "rows", "runs", "claims held", "date", "commit", "device"]
@@ -43,6 +43,8 @@ paper's numbers beside ours. `--scale=smoke` shows in seconds that it runs, `sma
 cores, `paper` has the paper's sizes and wants an accelerator. `--dry_run` tells rows, parameters,
 operations and time before anything is run; `--seeds=3` gives deviations; `--only='linear*'` takes
 some of the rows. The same command may be killed and repeated: what is finished is not run again.
+`--adopt=docs/results/NAME-small.jsonl` takes what stands in these results for finished: with more
+seeds only those are run.
 
     python -m efficient_attn.tools.ablate --config=configs/ablations/NAME.py --scale=small --seeds=3
     python -m efficient_attn.tools.report runs/ablations     # gathers all into docs/results
@@ -101,11 +103,7 @@ def _read(name: str, about: Path, lines: Path) -> Gathered:
             raise UserError(
                 f"{about.parent}: the sweep has not ended; `{said['command']}` goes on with it"
             )
-        require(lines.is_file(), f"{about.parent} has no {lines.name}; run its sweep again")
-        found = read_lines(lines)
-        whole = len(lines.read_text().splitlines())
-        require(whole == len(found), f"{lines}: line {len(found) + 1} is cut; run its sweep again")
-        gathered = Gathered(name, said, [Record(**line) for line in found])
+        gathered = Gathered(name, said, read_records(lines))
         gathered.cells()
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(

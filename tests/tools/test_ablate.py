@@ -280,6 +280,8 @@ def test_a_config_that_fails_is_a_sentence(more, says, tmp_path):
         (["--workdir=/dev/null/x"], "--workdir=/dev/null/x cannot be made"),
         (["--seeds=0"], "--seeds must be at least 1, not 0"),
         (["--processes=-1"], "--processes=-1 must be 0 or more"),
+        (["--adopt=no.jsonl"], "has no no.jsonl; run its sweep again"),
+        (["--adopt=README.md"], "README.md: line 1 is cut"),
         (["--sedes=3"], "unknown flag --sedes=3"),
         (["--seeds=many"], "argument --seeds: invalid int value: 'many'"),
         (["--config="], "name an ablation with --config=FILE"),

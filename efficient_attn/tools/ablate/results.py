@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from efficient_attn.config import require
 from efficient_attn.errors import UserError
 from efficient_attn.tools.ablate.sweep import Number, Row, Sweep
 from efficient_attn.train.config import fingerprint
-from efficient_attn.train.workdir import read_json, write_json
+from efficient_attn.train.workdir import read_json, read_lines, write_json
 
 FAILURE = "failure.json"
 WAIT = 120  # seconds that a row waits for the process that was at work on it before
@@ -33,6 +34,22 @@ class Record:
     date: str
     commit: str | None
     versions: Mapping[str, Any]
+
+
+def read_records(path: Path) -> list[Record]:
+    """What `Place.gather` wrote.
+
+    Raises:
+        UserError: there is no such file, or it is damaged.
+    """
+    require(path.is_file(), f"{path.parent} has no {path.name}; run its sweep again")
+    found = read_lines(path)
+    whole = len(path.read_text().splitlines())
+    require(whole == len(found), f"{path}: line {len(found) + 1} is cut; run its sweep again")
+    try:
+        return [Record(**line) for line in found]
+    except TypeError as error:
+        raise UserError(f"{path} is damaged ({error}); run its sweep again") from None
 
 
 class Place:
@@ -76,6 +93,22 @@ class Place:
     def finish(self, row: Row, record: Record) -> None:
         """Keep a record, whole or not at all."""
         write_json(self.of(row, record.seed) / "row.json", asdict(record))
+
+    def adopt(self, records: Sequence[Record]) -> int:
+        """Keep records that another place has of rows of this sweep; how many.
+
+        A row is known by its label and its overrides. What the place has itself stays.
+        """
+        rows = {row[0]: row for row in self.sweep.rows}
+        kept = [
+            record for record in records
+            if record.label in rows
+            and json.loads(json.dumps(rows[record.label][1])) == record.overrides
+            and self.record(rows[record.label], record.seed) is None
+        ]  # fmt: skip
+        for record in kept:
+            self.finish(rows[record.label], record)
+        return len(kept)
 
     def fail(self, row: Row, seed: int, why: str) -> None:
         """Keep why a row has no record, for later commands to tell."""

@@ -14,16 +14,21 @@ from efficient_attn.tools.ablate.display import Display
 from efficient_attn.tools.ablate.dry_run import estimate, weigh
 from efficient_attn.tools.ablate.load import load
 from efficient_attn.tools.ablate.pool import Pool, Task, accelerators, run_here
-from efficient_attn.tools.ablate.results import Place, Results
+from efficient_attn.tools.ablate.results import Place, Record, Results, read_records
 from efficient_attn.tools.ablate.sweep import Scale, Sweep
 from efficient_attn.tools.ablate.table import Failure, Verdict
 from efficient_attn.tools.ablate.worker import Outcome
 from efficient_attn.train.workdir import read_json, write_json
 
+ABOUT = "sweep.json"
+
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command line asks for; `processes` None is one for each GPU, 0 is this process."""
+    """What the command line asks for; `processes` None is one for each GPU, 0 is this process.
+
+    adopt: another sweep's results.jsonl.
+    """
 
     spec: str
     scale: Scale
@@ -33,6 +38,7 @@ class Asked:
     processes: int | None
     dry_run: bool
     command: str
+    adopt: Path | None = None
 
 
 def ablate(asked: Asked, console: Console | None = None) -> bool:
@@ -47,14 +53,19 @@ def ablate(asked: Asked, console: Console | None = None) -> bool:
     known = ", ".join(label for label, _ in sweep.rows)
     require(bool(chosen), f"--only={asked.only!r} matches none of the rows: {known}")
     place = Place(asked.workdir, sweep)
+    adopted = [] if asked.adopt is None else _adopted(asked)
     if asked.dry_run:
+        require(not adopted, "--dry_run keeps nothing; leave out --adopt")
         console.print(estimate(place, chosen, asked.seeds), markup=False)
         return True
     tasks = [(index, seed) for seed in range(asked.seeds) for index in chosen]
     refused = weigh(sweep, chosen)[1] if sweep.equal_parameters is not None else {}
     with place.hold():
         _check(place, asked)
-        write_json(place.path / "sweep.json", _about(asked, sweep))
+        if adopted:
+            kept = place.adopt(adopted)
+            console.print(f"{kept} of {len(adopted)} runs taken from {asked.adopt}", markup=False)
+        write_json(place.path / ABOUT, _about(asked, sweep))
         _run(asked, place, tasks, set(refused), console)
         failed = place.failures()
         failures = _failures(refused, failed)
@@ -72,7 +83,7 @@ def ablate(asked: Asked, console: Console | None = None) -> bool:
 
 def _check(place: Place, asked: Asked) -> None:
     """Refuse a directory that holds another sweep, whose table would be written over."""
-    file = place.path / "sweep.json"
+    file = place.path / ABOUT
     there = read_json(file) if file.exists() else asdict(asked)
     for name, mine in (("spec", asked.spec), ("scale", asked.scale)):
         flag = "--config" if name == "spec" else "--scale"
@@ -81,6 +92,30 @@ def _check(place: Place, asked: Asked) -> None:
             f"{place.path} holds a sweep of {flag}={there[name]}, not {mine}; choose another "
             "--workdir",
         )
+
+
+def _adopted(asked: Asked) -> list[Record]:
+    """The records that are asked for; their sweep may have had its data elsewhere.
+
+    Raises:
+        UserError: they are missing or damaged, or of another ablation, argument or scale.
+    """
+    assert asked.adopt is not None
+    records = read_records(asked.adopt)
+    page = asked.adopt.name != "results.jsonl"
+    about = read_json(asked.adopt.with_suffix(".json") if page else asked.adopt.parent / ABOUT)
+    for flag, theirs, mine in (("config", about["spec"], asked.spec),
+                               ("scale", about["scale"], asked.scale)):  # fmt: skip
+        require(
+            _without_paths(theirs) == _without_paths(mine),
+            f"{asked.adopt} is of --{flag}={theirs}, not {mine}",
+        )
+    return records
+
+
+def _without_paths(spec: str) -> list[str]:
+    file, _, argument = spec.partition(":")
+    return [Path(file).name, *(part for part in argument.split(",") if part and "/" not in part)]
 
 
 def _unfinished(place: Place, tasks: Sequence[Task]) -> list[Task]:
@@ -131,6 +166,7 @@ def _about(asked: Asked, sweep: Sweep) -> dict[str, Any]:
     """What sweep.json has while the rows run; its claims and failures come when they have ended."""
     return asdict(asked) | {
         "workdir": str(asked.workdir),
+        "adopt": asked.adopt and str(asked.adopt),
         "title": sweep.title,
         "source": sweep.source,
         "rows": [label for label, _ in sweep.rows],
@@ -151,7 +187,7 @@ def _write(
         for verdict in verdicts
     ]
     ended = {"claims": claims, "failures": {name: f.why for name, f in failures.items()}}
-    write_json(place.path / "sweep.json", _about(asked, place.sweep) | ended)
+    write_json(place.path / ABOUT, _about(asked, place.sweep) | ended)
 
 
 def _conclude(
