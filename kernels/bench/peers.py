@@ -12,13 +12,16 @@ installed:
 
     pip install torch --index-url https://download.pytorch.org/whl/cpu
     pip install --no-deps performer-pytorch axial-positional-embedding local-attention linformer \\
-        linear-attention-transformer product-key-memory CoLT5-attention pytorch-fast-transformers
+        linear-attention-transformer product-key-memory CoLT5-attention hyper-connections \\
+        torch-einops-utils
+    pip install "setuptools<80" wheel    # then, with a C++ compiler and no nvcc in PATH:
+    pip install --no-deps --no-build-isolation pytorch-fast-transformers
 """
 
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -268,6 +271,24 @@ def line(row: dict[str, Any]) -> str:
     return f"{head} {row['peer_ms']:10.1f} ms{other} {row['ratio']:6.2f} x{enough}"
 
 
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: ours / theirs in milliseconds, an op beside a peer of it by length."""
+    lengths = sorted({row["length"] for row in rows})
+    cells: dict[tuple[str, str], dict[int, str]] = {}
+    for row in rows:
+        if "skipped" not in row:
+            times = f"{row['ours_ms']:,.0f} / {row['peer_ms']:,.0f}"
+            cells.setdefault((row["op"], row["peer"]), {})[row["length"]] = times
+    lines = [
+        ["op", "peer", *(f"{length:,d}" for length in lengths)],
+        ["---", "---", *("--:" for _ in lengths)],
+        *([f"`{op}`" if " " not in op else f"`{op.split()[0]}` {op.split()[1]}",
+           peer.removesuffix(", causal"), *(times.get(length, "") for length in lengths)]
+          for (op, peer), times in sorted(cells.items())),
+    ]  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main(folder: Path, *, quick: bool = False) -> int:
     """Compare, print and write cpu-peers.json; the exit status."""
     found = versions() | {"cores": str(os.cpu_count())}
@@ -283,4 +304,5 @@ def main(folder: Path, *, quick: bool = False) -> int:
         print("\n".join(line(row) for row in rows[-len(PEERS) :]), flush=True)
         kept = {"versions": found, "commit": commit(), "rows": rows}
         (folder / "cpu-peers.json").write_text(json.dumps(kept, indent=1) + "\n")
+    print(table(rows))
     return 0

@@ -1,8 +1,13 @@
 """`kernels.bench.peers`: ours beside PyTorch's, where torch is installed, and without it."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from kernels.bench import peers
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -63,3 +68,9 @@ def test_what_differs_is_not_timed(tiny, monkeypatch):
     (row,) = peers.compare(64)
     assert "differ" in row["skipped"]
     assert "ratio" not in row
+
+
+def test_the_readme_shows_the_results_that_are_kept():
+    kept = json.loads((ROOT / "results" / "cpu-peers.json").read_text())
+    shown = (ROOT / "README.md").read_text().partition("<!-- cpu-peers -->\n")[2]
+    assert shown.partition("\n<!-- /cpu-peers -->")[0] == peers.table(kept["rows"])
