@@ -12,7 +12,7 @@ from tests.tools.sweeps import calls, records, run, write
 def test_what_another_sweep_has_run_is_not_run_again(tmp_path):
     published = write(tmp_path)
     run(published)
-    theirs = records(tmp_path / "out")
+    theirs = [record | {"commit": "theirs"} for record in records(tmp_path / "out")]
     assert len(theirs) == len(calls(published)) == 4
     other = theirs[0] | {"overrides": {"x": 1, "slope": 5}}, theirs[1] | {"label": "gone"}
     shutil.copy(tmp_path / "out" / "sweep.json", tmp_path / "published.json")
@@ -25,7 +25,7 @@ def test_what_another_sweep_has_run_is_not_run_again(tmp_path):
     assert complete and "2 of 4 runs taken from" in said and "2 of 8 runs are finished" in said
     assert len(calls(file)) == 6
     here = records(tmp_path / "mine" / "out")
-    assert len(here) == 8 and [record for record in here if record in theirs] == theirs[2:]
+    assert len(here) == 8 and [r for r in here if r["commit"] == "theirs"] == theirs[2:]
     complete, said = run(file, seeds=2, adopt=path)
     assert complete and "0 of 4 runs taken from" in said and len(calls(file)) == 6
 
