@@ -53,7 +53,7 @@ def ablate(asked: Asked, console: Console | None = None) -> bool:
     known = ", ".join(label for label, _ in sweep.rows)
     require(bool(chosen), f"--only={asked.only!r} matches none of the rows: {known}")
     place = Place(asked.workdir, sweep)
-    adopted = [] if asked.adopt is None else _adopted(asked)
+    adopted = _adopted(asked)
     if asked.dry_run:
         require(not adopted, "--dry_run keeps nothing; leave out --adopt")
         console.print(estimate(place, chosen, asked.seeds), markup=False)
@@ -95,12 +95,13 @@ def _check(place: Place, asked: Asked) -> None:
 
 
 def _adopted(asked: Asked) -> list[Record]:
-    """The records that are asked for; their sweep may have had its data elsewhere.
+    """The records to adopt, if any; their sweep may have had its data elsewhere.
 
     Raises:
         UserError: they are missing or damaged, or of another ablation, argument or scale.
     """
-    assert asked.adopt is not None
+    if asked.adopt is None:
+        return []
     records = read_records(asked.adopt)
     page = asked.adopt.name != "results.jsonl"
     about = read_json(asked.adopt.with_suffix(".json") if page else asked.adopt.parent / ABOUT)
