@@ -38,5 +38,14 @@ def test_what_is_of_another_sweep_is_refused(tmp_path):
         run(file, scale="smoke", **mine)
     with pytest.raises(UserError, match=r"is of --config=.*lines.py, not .*lines.py:other"):
         run(file, spec=f"{file}:other,/some/data", **mine)
+    about = tmp_path / "out" / "sweep.json"
+    kept = about.read_text()
+    about.write_text("{}")
+    with pytest.raises(UserError, match=r"sweep.json is damaged: it has no spec and scale"):
+        run(file, **mine)
+    about.unlink()
+    with pytest.raises(UserError, match=r"sweep.json is missing, which says what"):
+        run(file, **mine)
+    about.write_text(kept)
     assert not (tmp_path / "mine").exists()
     assert run(file, spec=f"{file}:/some/data", **mine)[0] and len(calls(file)) == 4

@@ -104,7 +104,11 @@ def _adopted(asked: Asked) -> list[Record]:
         return []
     records = read_records(asked.adopt)
     page = asked.adopt.name != "results.jsonl"
-    about = read_json(asked.adopt.with_suffix(".json") if page else asked.adopt.parent / ABOUT)
+    file = asked.adopt.with_suffix(".json") if page else asked.adopt.with_name(ABOUT)
+    require(file.is_file(), f"{file} is missing, which says what {asked.adopt} is of; copy both")
+    about = read_json(file)
+    whole = isinstance(about, dict) and {"spec", "scale"} <= about.keys()
+    require(whole, f"{file} is damaged: it has no spec and scale; run its sweep again")
     for flag, theirs, mine in (("config", about["spec"], asked.spec),
                                ("scale", about["scale"], asked.scale)):  # fmt: skip
         require(
