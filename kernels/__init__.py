@@ -7,6 +7,7 @@ features, G the number of key-value heads, K the number of taps of a convolution
 from kernels.block_attention import Blocks, Part, block_attention, join
 from kernels.decode_step import decode_step
 from kernels.depthwise_conv import depthwise_conv
+from kernels.divide import divide
 from kernels.favor_attention import causal_favor_attention, favor_attention, favor_features
 from kernels.gated_delta_rule import gated_delta_rule
 from kernels.gated_linear_attention import gated_linear_attention
@@ -36,6 +37,7 @@ __all__ = [
     "causal_linear_attention",
     "decode_step",
     "depthwise_conv",
+    "divide",
     "favor_attention",
     "favor_features",
     "gated_delta_rule",

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels.dispatch import Backend, Path, run
+from kernels.divide import by_batch
 from kernels.target import Target, refuse_kernels, target
 
 MODULES = {"tpu": "kernels.pallas_tpu.decode", "hopper": "kernels.pallas_gpu.decode"}
@@ -101,7 +102,7 @@ def _refuse(token: _Token, state) -> str | None:
 
 
 def _fused(token: _Token, state):
-    return _in_kernel(target(), token, state)
+    return by_batch(functools.partial(_in_kernel, target()), token, state)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -8,6 +8,8 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
+from kernels.divide import divided, inside_shard_map
+
 Chip = Literal["tpu", "hopper", "gpu", "cpu"]
 NEEDED = (0, 11, 2)
 """The first jax whose Pallas the kernels are written in."""
@@ -64,19 +66,16 @@ def refuse_kernels() -> str | None:
     if tuple(int(x) for x in jax.__version__.split(".")[:3]) < NEEDED:
         needed = ".".join(map(str, NEEDED))
         return f"the kernels need jax {needed}, this is {jax.__version__}: use backend='xla'"
-    return refuse_division()
+    return None if divided() else refuse_division()
 
 
 def refuse_division() -> str | None:
-    """Why a kernel cannot run as it is called here, over several devices; None where it can.
-
-    jax does not know how to divide a kernel. Inside `jax.shard_map` each device runs its own.
-    """
-    if _named.get() or jax.device_count() == 1 or jax.sharding.get_abstract_mesh().manual_axes:
+    """Why what jax cannot divide does not run over several devices; None where it does."""
+    if _named.get() or jax.device_count() == 1 or inside_shard_map():
         return None
     return (
-        f"jax cannot divide a kernel among {jax.device_count()} devices: call the op inside "
-        "jax.shard_map, over batch and heads, or take backend='xla'"
+        f"jax cannot divide a kernel among {jax.device_count()} devices: say how by "
+        "kernels.divide(mesh, axis), call the op inside jax.shard_map, or take backend='xla'"
     )
 
 

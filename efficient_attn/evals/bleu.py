@@ -13,6 +13,7 @@ from efficient_attn.backbones import EncoderDecoder
 from efficient_attn.data import bpe
 from efficient_attn.data.translation import Pairs
 from efficient_attn.train.program import Program, State
+from efficient_attn.train.sharding import of_kernels
 
 BEAM, ALPHA = 4, 0.6  # of the length penalty: those of 1706.03762, section 6.1
 SAMPLES = 5
@@ -34,7 +35,8 @@ def evaluate(
     """
     texts = [source.texts(i) for i in range(len(source))][:limit]
     model = program.evaluated(state)
-    found = translate(model, source, count=len(texts), batch_size=batch_size)
+    with of_kernels(program.mesh):
+        found = translate(model, source, count=len(texts), batch_size=batch_size)
     path.write_text("".join(f"{' '.join(text.split())}\n" for text in found), encoding="utf-8")
     samples = [
         {"source": read, "translation": said, "reference": wanted}

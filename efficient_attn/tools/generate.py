@@ -25,6 +25,7 @@ from efficient_attn.train.compilation import prepare
 from efficient_attn.train.config import resolve
 from efficient_attn.train.flags import parse, run, usage
 from efficient_attn.train.program import build
+from efficient_attn.train.sharding import of_kernels
 from efficient_attn.train.task import score
 from efficient_attn.train.workdir import Workdir, read_json
 
@@ -71,10 +72,11 @@ def continue_text(
     if max_tokens is None:
         room = info.shape[0] - len(tokens)
         max_tokens = min(100, room) if room > 0 else 100
-    found = backbones.generate(
-        model, jnp.asarray(tokens)[None], jnp.array([len(tokens)]), max_tokens=max_tokens,
-        sampling=sampling, key=jax.random.key(seed), stop=info.end,
-    )  # fmt: skip
+    with of_kernels(program.mesh):
+        found = backbones.generate(
+            model, jnp.asarray(tokens)[None], jnp.array([len(tokens)]), max_tokens=max_tokens,
+            sampling=sampling, key=jax.random.key(seed), stop=info.end,
+        )  # fmt: skip
     written = np.asarray(found[0])
     written = written[(written > 0) & (written != info.end)]
     return append(info.tokenizer, prompt, ids, written)

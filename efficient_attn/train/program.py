@@ -175,9 +175,10 @@ def compile_for(
         layout,
     )
     rows, whole = sharding.over_batch(mesh), jax.sharding.NamedSharding(mesh, jax.P())
+    divided = sharding.of_kernels(mesh)
     known = jax.device_put(teacher.arrays, whole) if teacher else {}
     step = jax.jit(
-        _make_step(graphdef, optimizer, experiment, teacher and teacher.graphdef),
+        divided(_make_step(graphdef, optimizer, experiment, teacher and teacher.graphdef)),
         in_shardings=(layout, rows, whole),
         out_shardings=(layout, whole),
         donate_argnums=0,
@@ -191,8 +192,10 @@ def compile_for(
         ),
         step=lambda state, batch: step(state, batch, known),
         trace=lambda state, batch: step.trace(state, batch, known),
-        predict=jax.jit(_make_predict(graphdef), in_shardings=(layout, rows), out_shardings=whole),
-        diagnose=_make_diagnose(graphdef),
+        predict=jax.jit(
+            divided(_make_predict(graphdef)), in_shardings=(layout, rows), out_shardings=whole
+        ),
+        diagnose=divided(_make_diagnose(graphdef)),
         evaluated=functools.partial(_evaluated, graphdef),
     )
 

@@ -6,6 +6,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import kernels
 from efficient_attn.errors import UserError
 
 AXIS = "data"
@@ -20,6 +21,11 @@ def make_mesh(devices: int | None = None) -> Mesh:
 def over_batch(mesh: Mesh) -> NamedSharding:
     """The sharding of arrays whose first axis is the batch."""
     return NamedSharding(mesh, P(AXIS))
+
+
+def of_kernels(mesh: Mesh) -> Any:
+    """A context, or a decorator of what jax.jit takes: kernels are divided as batches are."""
+    return kernels.divide(mesh, AXIS)
 
 
 def of_state(state: Any, *, mesh: Mesh, mode: Literal["data", "fsdp"]) -> Any:

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
+from kernels.divide import by_batch
 from kernels.fused.linear import LEAST_LOG_DECAY, pad
 from kernels.fused.passes import cumsum_back
 from kernels.fused.ways import of_decays
@@ -72,6 +73,10 @@ def delta(q, k, v, beta, log_decay, *, mask: Mask, chunk: int, state):
     get no gradient, as in `kernels.fused.linear.gated`. Chunks have the chip's own length, not
     `chunk`.
     """
+    return by_batch(_delta, q, k, v, beta, log_decay, mask, state)
+
+
+def _delta(q, k, v, beta, log_decay, mask: Mask, state):
     how, length = How(*target()), v.shape[1]
     q, k = (x.astype(v.dtype) for x in (q, k))
     log_decay = jnp.zeros_like(beta) if log_decay is None else log_decay

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels.divide import by_batch
 from kernels.fused.linear import pad
 from kernels.fused.passes import grouped
 from kernels.mask import Mask
@@ -71,6 +72,10 @@ def by_channel(q, k, v, log_decay, *, mask: Mask, chunk: int, state):
     formula): in float32 its absolute error is 1e-7 of these sums, where the XLA path's is relative
     to each number. It is 0 where the decay itself is, below about -104.
     """
+    return by_batch(_by_channel, q, k, v, log_decay, mask, state)
+
+
+def _by_channel(q, k, v, log_decay, mask: Mask, state):
     q, k = (x.astype(v.dtype) for x in (q, k))
     log_decay = log_decay.astype(jnp.float32)
     if mask.keys is not None:

@@ -32,12 +32,14 @@ with H the most heads of q, k, v; head h reads head h // (H // G) of G. States a
 rows and keys are zeros; a chip's module need not look at them.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from kernels.divide import by_batch
 from kernels.fused.passes import (
     Entry,
     How,
@@ -63,13 +65,13 @@ def linear(q, k, v, *, features, log_scale, mask: Mask, chunk: int):
     many, are made inside them by `favor`. Chunks have the chip's own length, not `chunk`.
     """
     q, k, log_scale = _featured(q, k, features, log_scale)
-    return _linear(q, k, v, None, None, log_scale, mask)
+    return by_batch(_linear, q, k, v, log_scale, mask)
 
 
 def causal(q, k, v, state, *, features, log_scale, mask: Mask, chunk: int):
     """`kernels.causal_linear_attention`, as `linear` is of the other one."""
     q, k, log_scale = _featured(q, k, features, log_scale)
-    return _causal(q, k, v, None, None, log_scale, mask, state)
+    return by_batch(_causal, q, k, v, log_scale, mask, state)
 
 
 def gated(q, k, v, log_decay, *, mask: Mask, chunk: int, state):
@@ -79,10 +81,14 @@ def gated(q, k, v, log_decay, *, mask: Mask, chunk: int, state):
     tokens their sums keep an absolute precision of 1e-7 of the largest, 30 C at the most. Products
     are made in v's dtype, sums held in float32. Chunks have the chip's own length.
     """
+    return by_batch(_gated, q, k, v, log_decay, mask, state)
+
+
+def _gated(q, k, v, log_decay, mask: Mask, state):
     log_decay = jnp.maximum(log_decay.astype(jnp.float32), LEAST_LOG_DECAY)
     if mask.keys is not None:
         log_decay = jnp.where(mask.keys[:, :, None], log_decay, 0.0)
-    tokens, how = _in_chunks(q, k, v, None, None, None, mask, log_decay=log_decay)
+    tokens, how = _in_chunks(q, k, v, None, mask, log_decay=log_decay)
     entry = None
     if state is not None:
         state = state.astype(jnp.float32)
@@ -101,8 +107,10 @@ def favor(q, k, v, weight, *, half: float, log_scale=None, mask: Mask, chunk: in
     """
     weight = jax.lax.stop_gradient(weight.astype(jnp.float32))
     if state is None:
-        return _linear(q, k, v, weight, half, log_scale, mask)
-    return _causal(q, k, v, weight, half, log_scale, mask, state)
+        run = functools.partial(_linear, half=half)
+        return by_batch(run, q, k, v, log_scale, mask, whole=weight)
+    run = functools.partial(_causal, half=half)
+    return by_batch(run, q, k, v, log_scale, mask, state, whole=weight)
 
 
 def refuse_linear(q, k, v, *, features, log_scale, mask: Mask, chunk: int) -> str | None:
@@ -157,9 +165,9 @@ def _positions(x):
     return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
 
 
-def _linear(q, k, v, weight, half, log_scale, mask: Mask):
+def _linear(q, k, v, log_scale, mask: Mask, weight=None, *, half=None):
     if mask.causal:
-        tokens, how = _in_chunks(q, k, v, weight, half, log_scale, mask)
+        tokens, how = _in_chunks(q, k, v, log_scale, mask, weight, half)
         return causal_pass(how, tokens, None)[0][:, : q.shape[1]]
     q, k, v, log_scale = _seen(q, k, v, log_scale, mask, scaled=weight is not None)
     length, rank = q.shape[1], k.shape[3] if weight is None else weight.shape[0]
@@ -171,8 +179,8 @@ def _linear(q, k, v, weight, half, log_scale, mask: Mask):
     return two_sided(how, of_keys, pad(q, chunk), k, v, weight, log_scale)[:, :length]
 
 
-def _causal(q, k, v, weight, half, log_scale, mask: Mask, state):
-    tokens, how = _in_chunks(q, k, v, weight, half, log_scale, mask, scaled=True)
+def _causal(q, k, v, log_scale, mask: Mask, state, weight=None, *, half=None):
+    tokens, how = _in_chunks(q, k, v, log_scale, mask, weight, half, scaled=True)
     out, last = causal_pass(how, tokens, Entry(*(x.astype(jnp.float32) for x in state)))
     return out[:, : q.shape[1]], type(state)(*last)
 
@@ -198,7 +206,9 @@ def _seen(q, k, v, log_scale, mask: Mask, *, scaled: bool):
     return q, k, v, log_scale
 
 
-def _in_chunks(q, k, v, weight, half, log_scale, mask: Mask, *, scaled=False, log_decay=None):
+def _in_chunks(
+    q, k, v, log_scale, mask: Mask, weight=None, half=None, *, scaled=False, log_decay=None
+):
     """`Tokens` in pieces of whole chunks, and how to run over them; normalised if not decaying."""
     q, k, v, log_scale = _seen(q, k, v, log_scale, mask, scaled=scaled or weight is not None)
     heads = max(x.shape[2] for x in (q, k, v))

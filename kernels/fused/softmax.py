@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from kernels.block_attention import Part
+from kernels.divide import by_batch
 from kernels.mask import Mask
 from kernels.target import refuse_kernels, target
 
@@ -66,7 +67,8 @@ def softmax(
     """`kernels.softmax_attention` where `refuse_softmax` does not object."""
     del logit_cap, bias
     how = {"causal": mask.causal, "window": None, "resident": k.shape[1] <= RESIDENT}
-    return _padded(q, k, v, mask=mask, scale=scale, tiles=tiles, **how)[0]
+    run = functools.partial(_padded, scale=scale, tiles=tiles, **how)
+    return by_batch(run, q, k, v, mask)[0]
 
 
 def window(
@@ -89,7 +91,7 @@ def window(
     del dilation, slopes
     causal, reach = _reach(q.shape[1], left, right, mask)
     how = {"causal": causal, "window": reach, "resident": False}
-    out, lse = _padded(q, k, v, mask=mask, tiles=tiles, **how)
+    out, lse = by_batch(functools.partial(_padded, tiles=tiles, **how), q, k, v, mask)
     return Part(out.astype(jnp.float32), jnp.swapaxes(lse, 1, 2))
 
 
@@ -103,7 +105,7 @@ def linformer(
 ) -> Float[Array, "B T H D"]:
     """`kernels.linformer_attention` where `refuse_linformer` does not object."""
     how = {"causal": False, "window": None, "resident": True}
-    return _padded(q, k, v, mask=Mask(keys=alive), tiles=tiles, **how)[0]
+    return by_batch(functools.partial(_padded, tiles=tiles, **how), q, k, v, Mask(keys=alive))[0]
 
 
 def refuse_softmax(q, k, v, *, mask: Mask, scale, logit_cap=None, bias=None) -> str | None:
@@ -201,7 +203,7 @@ def _module(chip: str):
 
 
 def _padded(
-    q, k, v, *, mask: Mask, scale: float | None = None, tiles: Tiles | None, causal: bool,
+    q, k, v, mask: Mask, *, scale: float | None = None, tiles: Tiles | None, causal: bool,
     window: Window, resident: bool,
 ):  # fmt: skip
     """(out, lse) of the padded problem, cut to size. Keys that padding adds are hidden."""

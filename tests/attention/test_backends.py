@@ -5,6 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efficient_attn.tools import bench
+from efficient_attn.train.config import resolve
+from efficient_attn.train.program import compile_for, creator
 from kernels import Mask, target
 from tests import support
 from tests.kernels.simulated import pallas
@@ -23,6 +26,7 @@ ON_TPU = (
     pytest.param("gated_delta", marks=pytest.mark.slow),
 )
 LENGTH = 20
+CHIPS = [("tpu", "tpu", "tpu_custom_call"), ("hopper", "cuda", "mosaic_gpu")]
 
 
 def outputs_and_gradient(expression, backend):
@@ -73,3 +77,25 @@ def test_a_token_on_a_simulated_tpu_is_what_it_is_in_xla(expression):
         found = run("pallas")
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert support.relative(a, b) < 1e-5
+
+
+@pytest.mark.parametrize(("chip", "platform", "call"), CHIPS)
+def test_a_training_step_over_devices_divides_its_kernels(chip, platform, call):
+    """Four sequences over four devices: every kernel of the lowered step takes one."""
+    made = {"name": "encoder", "depth": 1, "width": 128, "heads": 2}
+    experiment = resolve(
+        {
+            "model": made,
+            "attention": "performer(features=128)",
+            "backend": "pallas",
+            "data": {"batch_size": 4},
+            "train": {"dtype": "bfloat16", "eval_batch_size": 4},
+        }
+    )
+    info = bench.describe("encoder", 64)
+    with target.use(chip):
+        program = compile_for(creator(experiment, info), experiment, devices=4)
+        traced = program.trace(program.abstract, bench.draw(info, 4, seed=0))
+        lines = traced.lower(lowering_platforms=(platform,)).as_text().splitlines()
+    results = [line.split("->")[-1] for line in lines if call in line and "->" in line]
+    assert results and all("tensor<1x" in text and "tensor<4x" not in text for text in results)

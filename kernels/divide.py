@@ -1,0 +1,69 @@
+"""Several devices: jax does not know how to divide a kernel among them, so here it is told."""
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+
+class Division(NamedTuple):
+    """The devices, and the axes of their mesh over which the batch is split."""
+
+    mesh: Mesh
+    batch: tuple[str, ...]
+
+    @property
+    def parts(self) -> int:
+        """Into how many the batch is split."""
+        return math.prod(self.mesh.shape[axis] for axis in self.batch)
+
+
+_named: contextvars.ContextVar[Division | None] = contextvars.ContextVar("division", default=None)
+
+
+@contextlib.contextmanager
+def divide(mesh: Mesh, batch: str | tuple[str, ...]) -> Iterator[None]:
+    """Within it, each device of `mesh` runs a kernel on its part of the batch.
+
+    batch: the axes of the mesh that split it. A batch that they do not divide is computed whole on
+    every device, and so are heads. Like `kernels.target.use` it is read when an op is traced; as a
+    decorator, inside `jax.jit`, it holds for the whole function. What is not a kernel is jax's to
+    divide, as ever. Inside `jax.shard_map` it says nothing.
+    """
+    token = _named.set(Division(mesh, (batch,) if isinstance(batch, str) else tuple(batch)))
+    try:
+        yield
+    finally:
+        _named.reset(token)
+
+
+def by_batch(run, *split, whole=None):
+    """run(*split), or run(*split, whole), each device with its rows of all arrays of `split`.
+
+    All arrays of the result have the batch in front, too. `whole` gets no gradient.
+    """
+    given = split if whole is None else (*split, whole)
+    division = _named.get()
+    if division is None or division.mesh.size == 1 or inside_shard_map():
+        return run(*given)
+    even = len(jax.tree.leaves(split)[0]) % division.parts == 0
+    rows = PartitionSpec(division.batch) if even else PartitionSpec()
+    specs = (*(rows,) * len(split), PartitionSpec())[: len(given)]
+    # Pallas' simulators do not know how values vary over a mesh, hence no check of that
+    return jax.shard_map(
+        run, mesh=division.mesh, in_specs=specs, out_specs=rows, check_vma=False
+    )(*given)  # fmt: skip
+
+
+def divided() -> bool:
+    """Whether `divide` says how."""
+    return _named.get() is not None
+
+
+def inside_shard_map() -> bool:
+    """Whether what is called here runs on each device by itself."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
