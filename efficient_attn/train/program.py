@@ -153,20 +153,7 @@ def compile_for(
     optimizer = optimizers.create(experiment.optimizer, steps=train.steps)
     graphdef, _, _ = nnx.split(nnx.eval_shape(lambda: create(make_rngs(0))), nnx.Param, ...)
 
-    def init() -> State:
-        model = create(make_rngs(experiment.seed))
-        params, rest = take_apart(model)
-        averaged = nnx.to_pure_dict(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat)))
-        return {
-            "params": params,
-            "rest": rest,
-            "opt": optimizer.init(params),
-            "ema": jax.tree.map(jnp.copy, averaged) if train.ema else {},
-            "step": jnp.int32(0),
-            "first_bad": jnp.int32(-1),
-            "tally": {"loss": jnp.float32(0), "accuracy": jnp.float32(0), "steps": jnp.int32(0)},
-        }
-
+    init = _make_init(create, optimizer, experiment)
     abstract = jax.eval_shape(init)
     layout = sharding.of_state(abstract, mesh=mesh, mode=train.sharding)
     abstract = jax.tree.map(
@@ -198,6 +185,26 @@ def compile_for(
         diagnose=divided(_make_diagnose(graphdef)),
         evaluated=functools.partial(_evaluated, graphdef),
     )
+
+
+def _make_init(
+    create: Create, optimizer: optax.GradientTransformation, experiment: Experiment
+) -> Callable[[], State]:
+    def init() -> State:
+        model = create(make_rngs(experiment.seed))
+        params, rest = take_apart(model)
+        averaged = nnx.to_pure_dict(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat)))
+        return {
+            "params": params,
+            "rest": rest,
+            "opt": optimizer.init(params),
+            "ema": jax.tree.map(jnp.copy, averaged) if experiment.train.ema else {},
+            "step": jnp.int32(0),
+            "first_bad": jnp.int32(-1),
+            "tally": {"loss": jnp.float32(0), "accuracy": jnp.float32(0), "steps": jnp.int32(0)},
+        }
+
+    return init
 
 
 def _make_step(
