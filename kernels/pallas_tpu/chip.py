@@ -1,5 +1,6 @@
 """What all TPUs that the kernels are for have in common."""
 
 LANES = 128
-VMEM = 48 << 20
-"""Bytes that a kernel may take: tpu7x has 64 MiB, v5e and v6e 128 MiB; XLA's own limit is less."""
+VMEM = 40 << 20
+"""Bytes that a kernel may take, the largest more than 32 MiB: v5e and v6e have 128 MiB, tpu7x 64,
+of which XLA wants a third for the arrays that it keeps there; its own limit is less."""
