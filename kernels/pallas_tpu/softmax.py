@@ -55,17 +55,18 @@ def backward(q, k, v, out, lse, dout, dlse, *, segments, keys, tiles: Tiles, **o
     """See `kernels.fused.softmax`."""
     plan = plans.plan(q, k, segments=segments, keys=keys, tiles=tiles, **options).smaller()
     heads = plan.heads
-    rest = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1).swapaxes(1, 2)
-    rows = jnp.where(jnp.isfinite(lse), lse, 0.0) * body.LOG2E, rest - dlse
-    operands = (
+    lse = jnp.where(jnp.isfinite(lse), lse, 0.0) * body.LOG2E
+    given = (
         layout.to_queries(heads, q), layout.to_keys(heads, k), layout.to_keys(heads, v),
-        layout.to_queries(heads, dout), *(layout.to_rows(heads, x) for x in rows),
-        *plans.numbers(segments, keys, k),
+        layout.to_queries(heads, dout), layout.to_rows(heads, lse),
     )  # fmt: skip
+    results = layout.to_queries(heads, out), layout.to_rows(heads, dlse)
+    ids = plans.numbers(segments, keys, k)
     if plan.blocks[1] == 1:
-        dq, dk, dv = _backward_resident(plan, operands)
+        dq, dk, dv = _backward_resident(plan, (*given, *results, *ids))
     else:
-        (dq,), (dk, dv) = _backward_queries(plan, operands), _backward_keys(plan, operands)
+        dq, rest = _backward_queries(plan, (*given, *results, *ids))
+        dk, dv = _backward_keys(plan, (*given, rest, *ids))
     back = layout.from_keys(heads, dk, k), layout.from_keys(heads, dv, v)
     return layout.from_queries(heads, dq, q), *back
 
@@ -76,9 +77,9 @@ def _backward_queries(plan: Plan, operands):
     return _call(
         "dq", body.query_grads, plan,
         grid=(q.shape[0], rows.shape[1], plan.blocks[0], plan.steps()),
-        in_specs=[query, key, key, query, row, row, *ids],
-        out_specs=[query],
-        outs=[(q.shape, q.dtype)],
+        in_specs=[query, key, key, query, row, query, row, *ids],
+        out_specs=[query, row],
+        outs=[(q.shape, q.dtype), (rows.shape, jnp.float32)],
         scratch=[_sums(plan), _stats(plan), _stats(plan), *_column_of_numbers(plan)],
         operands=operands,
     )  # fmt: skip
@@ -115,10 +116,13 @@ def _backward_resident(plan: Plan, operands):
     return _call(
         "dqkv", body.all_grads, plan,
         grid=(k.shape[0], k.shape[2] // plan.heads.key_lanes, parts * blocks),
-        in_specs=[query, key, key, query, row, row, *ids],
+        in_specs=[query, key, key, query, row, query, row, *ids],
         out_specs=[query, key, key],
         outs=[(q.shape, q.dtype), (k.shape, k.dtype), (v.shape, v.dtype)],
-        scratch=[*_sums_of_keys(plan), *_column_of_numbers(plan, across=True)],
+        scratch=[
+            pltpu.VMEM((1, 1, plan.heads.count, plan.tiles.q), jnp.float32),
+            *_sums_of_keys(plan), *_column_of_numbers(plan, across=True),
+        ],
         operands=operands,
     )  # fmt: skip
 

@@ -215,11 +215,22 @@ def _by_lane(weights):
     return _add([weights[:, at : at + LANES] for at in range(0, weights.shape[1], LANES)])
 
 
+def _rests(plan: Plan, dout_ref, out_ref, dlse_ref, rest_ref) -> None:
+    """Writes <dout_t, out_t> - dlse_t of all heads of a block, as rows."""
+    for head in plan.heads.members:
+        if head.place == 0:
+            dout, out = (x[0, :, head.q].astype(jnp.float32) for x in (dout_ref, out_ref))
+            turned = (dout * out).T
+        at, width = pl.ds(head.index, 1), plan.heads.width
+        own = turned[head.place * width : (head.place + 1) * width]
+        rest_ref[0, 0, at, :] = jnp.sum(own, axis=0, keepdims=True) - dlse_ref[0, 0, at, :]
+
+
 def query_grads(*refs, plan: Plan):
-    """dq = scale sum_s p_ts (<dout_t, v_s> - rest_t) k_s over the blocks of keys."""
-    count = 6 + plan.masked + plan.own
-    q_ref, k_ref, v_ref, dout_ref, lse_ref, rest_ref, *ids = refs[:count]
-    dq_ref, sum_ref, lse_column, rest_column, *column = refs[count:]
+    """dq = scale sum_s p_ts (<dout_t, v_s> - rest_t) k_s over the blocks of keys; rest."""
+    count = 7 + plan.masked + plan.own
+    q_ref, k_ref, v_ref, dout_ref, lse_ref, out_ref, dlse_ref, *ids = refs[:count]
+    dq_ref, rest_ref, sum_ref, lse_column, rest_column, *column = refs[count:]
     i, step = pl.program_id(2), pl.program_id(3)
     first, last = plan.keys_of(i)
     j = first + step
@@ -227,6 +238,7 @@ def query_grads(*refs, plan: Plan):
     @pl.when(step == 0)
     def _():
         sum_ref[...] = jnp.zeros_like(sum_ref)
+        _rests(plan, dout_ref, out_ref, dlse_ref, rest_ref)
         for index in range(plan.heads.count):
             lse_column[index] = _column(lse_ref[0, 0, index : index + 1, :])
             rest_column[index] = _column(rest_ref[0, 0, index : index + 1, :])
@@ -274,8 +286,11 @@ def key_grads(*refs, plan: Plan, steps: int):
 
 def all_grads(*refs, plan: Plan):
     """All three, the keys being one block."""
-    count = 6 + plan.masked + plan.own
-    given, (dq_ref, dk_ref, dv_ref, *scratch) = refs[:count], refs[count:]
+    count = 7 + plan.masked + plan.own
+    (*given, out_ref, dlse_ref), ids = refs[:7], refs[7:count]
+    dq_ref, dk_ref, dv_ref, rest_ref, *scratch = refs[count:]
+    _rests(plan, given[3], out_ref, dlse_ref, rest_ref)
+    given = (*given, rest_ref, *ids)
     k_ref, step = given[1], pl.program_id(2)
     i = jax.lax.rem(step, plan.blocks[0])
     pl.when(step == 0)(lambda: _clear(plan, given, scratch))
