@@ -21,7 +21,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from kernels.mask import Mask
-from kernels.target import refuse_division, target
+from kernels.target import alone, target
 
 QUERIES, KEYS = 512, 512
 """The largest tile: products of fewer rows run on one core, and larger tiles compute more logits
@@ -102,7 +102,7 @@ def worth_tiles(q, k, v, *, mask: Mask, scale, logit_cap=None, bias=None) -> boo
     """
     del v, mask, scale, logit_cap, bias
     length, count = q.shape[1], k.shape[1]
-    return min(length, count) >= SHORTEST and length * count >= LOGITS and not refuse_division()
+    return min(length, count) >= SHORTEST and length * count >= LOGITS and alone()
 
 
 def _even(length: int, largest: int) -> int:

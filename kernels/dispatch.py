@@ -11,7 +11,10 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from kernels.target import Chip, device_kind, target
+import jax
+
+from kernels.divide import divided
+from kernels.target import Chip, alone, device_kind, target
 
 Backend = Literal["auto", "xla", "pallas", "cudnn", "tiled"]
 PROVEN: dict[tuple[Chip, str], frozenset[str]] = {
@@ -42,7 +45,8 @@ def run(
     `paths` is in order of preference; its last, "xla", takes everything.
 
     "auto" is the first that is `PROVEN` here, or "xla", does not refuse and is worth it. What the
-    path itself raises propagates: no other one is tried.
+    path itself raises propagates: no other one is tried. jax does not divide kernels: with several
+    devices "auto" takes one inside `kernels.divide` and `jax.shard_map`, and a name says so once.
 
     Raises:
         NotImplementedError: `op` has no path of that name, or the path refuses these arguments.
@@ -62,13 +66,16 @@ def run(
         )
     elif reason := _reason(paths[backend], arguments, options):
         raise NotImplementedError(f"{op} with backend {backend!r}: {reason}")
+    if backend == "pallas" and not (alone() or divided()):
+        _warn_once(op, jax.device_count())
     return paths[backend].run(*arguments, **options)
 
 
 def _proven(op: str, backend: str) -> bool:
     if op in PROVEN.get((target().chip, backend), ()):
         return True
-    return backend == "pallas" and op in measured().get(device_kind(), ())
+    known = backend == "pallas" and op in measured().get(device_kind(), ())
+    return known and (alone() or divided())
 
 
 @functools.cache
@@ -84,3 +91,12 @@ def _reason(path: Path, arguments: tuple, options: dict[str, Any]) -> str | None
 @functools.cache
 def _say_once(op: str, backend: str) -> None:
     log.info("%s runs on backend %s", op, backend)
+
+
+@functools.cache
+def _warn_once(op: str, devices: int) -> None:
+    log.warning(
+        "%s runs in a kernel, which jax does not divide among the %d devices here: where a program "
+        "runs on several, say how by kernels.divide(mesh, axis) or call it in jax.shard_map",
+        op, devices,
+    )  # fmt: skip

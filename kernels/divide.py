@@ -30,9 +30,10 @@ def divide(mesh: Mesh, batch: str | tuple[str, ...]) -> Iterator[None]:
     """Within it, each device of `mesh` runs a kernel on its part of the batch.
 
     batch: the axes of the mesh that split it. A batch that they do not divide is computed whole on
-    every device, and so are heads. Like `kernels.target.use` it is read when an op is traced; as a
-    decorator, inside `jax.jit`, it holds for the whole function. What is not a kernel is jax's to
-    divide, as ever. Inside `jax.shard_map` it says nothing.
+    every device, and so are heads; a mesh of one device says that no other one is used. Like
+    `kernels.target.use` it is read when an op is traced; as a decorator, inside `jax.jit`, it holds
+    for the whole function. What is not a kernel is jax's to divide, as ever. Inside `jax.shard_map`
+    it says nothing.
     """
     token = _named.set(Division(mesh, (batch,) if isinstance(batch, str) else tuple(batch)))
     try:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from kernels.divide import divided, inside_shard_map
+from kernels.divide import inside_shard_map
 
 Chip = Literal["tpu", "hopper", "gpu", "cpu"]
 NEEDED = (0, 11, 2)
@@ -66,17 +66,14 @@ def refuse_kernels() -> str | None:
     if tuple(int(x) for x in jax.__version__.split(".")[:3]) < NEEDED:
         needed = ".".join(map(str, NEEDED))
         return f"the kernels need jax {needed}, this is {jax.__version__}: use backend='xla'"
-    return None if divided() else refuse_division()
+    return None
 
 
-def refuse_division() -> str | None:
-    """Why what jax cannot divide does not run over several devices; None where it does."""
-    if _named.get() or jax.device_count() == 1 or inside_shard_map():
-        return None
-    return (
-        f"jax cannot divide a kernel among {jax.device_count()} devices: say how by "
-        "kernels.divide(mesh, axis), call the op inside jax.shard_map, or take backend='xla'"
-    )
+def alone() -> bool:
+    """Whether an op runs on one device, as far as can be told where it is called: the only one, one
+    that a test or a compiler names, or each device by itself, inside `jax.shard_map`.
+    """
+    return _named.get() is not None or jax.device_count() == 1 or inside_shard_map()
 
 
 @functools.cache

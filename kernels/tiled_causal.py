@@ -18,7 +18,7 @@ from kernels.fused.passes import LEAST
 from kernels.linear_chunk import FeatureMap, Tokens, divide, given, grouped, keys_of, turned
 from kernels.mask import Mask
 from kernels.slabs import filled, hoisted, like, most_tokens, room, slab_size
-from kernels.target import refuse_division, target
+from kernels.target import alone, target
 
 SHORTEST = 256
 """Tokens from which on slabs are faster."""
@@ -93,7 +93,7 @@ def refuse_causal(q, k, v, *, features, log_scale, mask: Mask, chunk: int) -> st
 def worth_causal(q, k, v, *, features, log_scale, mask: Mask, chunk: int) -> bool:
     """Whether slabs are faster; jax would gather what several devices hold."""
     del k, v, features, log_scale, mask, chunk
-    return q.shape[1] >= SHORTEST and not refuse_division()
+    return q.shape[1] >= SHORTEST and alone()
 
 
 def _turns(how: _How, x: _Given) -> int:

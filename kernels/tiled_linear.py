@@ -36,7 +36,7 @@ from kernels.linear_chunk import (
 from kernels.mask import Mask
 from kernels.recurrence import Reach
 from kernels.slabs import filled, hoisted, like, most_tokens, put, room, slab_size, take, turns_over
-from kernels.target import refuse_division, target
+from kernels.target import alone, target
 
 SHORTEST = 256
 """Tokens from which on slabs are faster."""
@@ -101,7 +101,7 @@ def refuse_tiled(q, k, v, *, features, log_scale, mask: Mask, chunk: int) -> str
 def worth_slabs(q, k, v, *, features, log_scale, mask: Mask, chunk: int) -> bool:
     """Whether slabs are faster than all tokens at once; jax would gather what devices hold."""
     del v, features, log_scale, mask, chunk
-    return min(q.shape[1], k.shape[1]) >= SHORTEST and not refuse_division()
+    return min(q.shape[1], k.shape[1]) >= SHORTEST and alone()
 
 
 def _queries(how: _How, q, at, own):

@@ -2,10 +2,11 @@
 
 import logging
 
+import jax
 import jax.numpy as jnp
 import pytest
 
-from kernels import dispatch, linear_attention, softmax_attention, target, window_attention
+from kernels import dispatch, divide, linear_attention, softmax_attention, target, window_attention
 from kernels.dispatch import Path
 
 X = jnp.ones((1, 4, 2, 4))
@@ -72,9 +73,12 @@ def test_auto_takes_a_kernel_where_the_table_says_that_it_is_proven_on_this_very
 ):
     kind = target.device_kind()
     monkeypatch.setattr(dispatch, "measured", lambda: {kind: {"an op": {}}, "other": {"op": {}}})
-    assert dispatch.run("an op", "auto", PATHS, (2,), {"limit": 2}) == ("pallas", 2)
-    assert dispatch.run("an op", "auto", PATHS, (3,), {"limit": 2}) == ("xla", 3)
-    assert dispatch.run("op", "auto", PATHS, (2,), {"limit": 2}) == ("xla", 2)
+    assert dispatch.run("an op", "auto", PATHS, (2,), {"limit": 2}) == ("xla", 2)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with divide(mesh, "data"):
+        assert dispatch.run("an op", "auto", PATHS, (2,), {"limit": 2}) == ("pallas", 2)
+        assert dispatch.run("an op", "auto", PATHS, (3,), {"limit": 2}) == ("xla", 3)
+        assert dispatch.run("op", "auto", PATHS, (2,), {"limit": 2}) == ("xla", 2)
     with target.use("tpu"):
         assert dispatch.run("an op", "auto", PATHS, (2,), {"limit": 2}) == ("xla", 2)
 
@@ -94,6 +98,18 @@ def test_auto_says_once_what_it_took(caplog, proven):
             dispatch.run("an op", "auto", PATHS, (x,), {"limit": 2})
     said = [f"an op runs on backend {name}" for name in ("pallas", "xla")]
     assert [r.message for r in caplog.records] == said
+
+
+def test_a_kernel_named_among_several_devices_says_once_that_jax_does_not_divide_it(caplog):
+    dispatch._warn_once.cache_clear()
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with divide(mesh, "data"):
+        dispatch.run("an op", "pallas", PATHS, (1,), {"limit": 2})
+    assert not caplog.records
+    for _ in range(2):
+        assert dispatch.run("an op", "pallas", PATHS, (1,), {"limit": 2}) == ("pallas", 1)
+    (record,) = caplog.records
+    assert "among the 8 devices here" in record.message and "kernels.divide" in record.message
 
 
 def test_what_a_path_raises_propagates(proven):
