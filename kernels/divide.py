@@ -34,8 +34,15 @@ def divide(mesh: Mesh, batch: str | tuple[str, ...]) -> Iterator[None]:
     `kernels.target.use` it is read when an op is traced; as a decorator, inside `jax.jit`, it holds
     for the whole function. What is not a kernel is jax's to divide, as ever. Inside `jax.shard_map`
     it says nothing.
+
+    Raises:
+        ValueError: the mesh has no such axis.
     """
-    token = _named.set(Division(mesh, (batch,) if isinstance(batch, str) else tuple(batch)))
+    axes = (batch,) if isinstance(batch, str) else tuple(batch)
+    if unknown := set(axes) - set(mesh.axis_names):
+        known = ", ".join(map(str, mesh.axis_names))
+        raise ValueError(f"the mesh has no axis {unknown.pop()!r}; it has: {known}")
+    token = _named.set(Division(mesh, axes))
     try:
         yield
     finally:

@@ -138,3 +138,11 @@ def test_it_gives_what_one_device_gives(op):
 def test_several_axes_and_a_batch_that_they_do_not_divide(shape, axes, rows):
     function = lambda given, masks: gated(given, *masks)  # noqa: E731
     assert on_devices(function, mesh_of(*shape), axes) == {rows}
+
+
+def test_an_axis_that_the_mesh_lacks_is_named():
+    with (
+        pytest.raises(ValueError, match="the mesh has no axis 'batch'; it has: data, model"),
+        kernels.divide(mesh_of(2, 2), "batch"),
+    ):
+        pass
