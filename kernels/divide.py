@@ -52,7 +52,7 @@ def divide(mesh: Mesh, batch: str | tuple[str, ...]) -> Iterator[None]:
 def by_batch(run, *split, whole=None):
     """run(*split), or run(*split, whole), each device with its rows of all arrays of `split`.
 
-    All arrays of the result have the batch in front, too. `whole` gets no gradient.
+    All arrays of the result have the batch in front, too; each device has the whole of `whole`.
     """
     given = split if whole is None else (*split, whole)
     division = _named.get()

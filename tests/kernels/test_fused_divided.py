@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import kernels
 from kernels import Mask
+from kernels.divide import by_batch
 from kernels.target import use
 from tests import support
 from tests.kernels.simulated import pallas
@@ -138,6 +139,21 @@ def test_it_gives_what_one_device_gives(op):
 def test_several_axes_and_a_batch_that_they_do_not_divide(shape, axes, rows):
     function = lambda given, masks: gated(given, *masks)  # noqa: E731
     assert on_devices(function, mesh_of(*shape), axes) == {rows}
+
+
+@pytest.mark.parametrize("devices", [4, 3])  # 3 do not divide the batch
+def test_gradients_of_what_is_split_and_of_what_is_whole(devices):
+    x, w = (jnp.asarray(support.draw(shape, seed=2)) for shape in ((4, 5), (5, 3)))
+
+    def loss(x, w):
+        return jnp.sum(jnp.sin(by_batch(jnp.matmul, x, whole=w)))
+
+    alone = jax.value_and_grad(loss, (0, 1))
+    divided = kernels.divide(mesh_of(devices), "data")(alone)
+    for a, b in zip(
+        jax.tree.leaves(jax.jit(divided)(x, w)), jax.tree.leaves(alone(x, w)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
 def test_an_axis_that_the_mesh_lacks_is_named():
