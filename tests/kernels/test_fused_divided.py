@@ -97,10 +97,8 @@ def decode(x, keys, segments):
     )
 
 
-OPS = [
-    softmax, linear, favor, gated, by_channel, delta, decode,
-    pytest.param(window, marks=pytest.mark.slow), pytest.param(linformer, marks=pytest.mark.slow),
-]  # fmt: skip
+OPS = [softmax, linear, favor, gated, by_channel, delta, decode]
+FURTHER = [pytest.param(op, marks=pytest.mark.slow) for op in (window, linformer)]
 
 
 def graded(op):
@@ -127,8 +125,13 @@ def on_devices(function, mesh, axes):
     return {body.invars[0].aval.shape[0] for body in bodies}
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [*OPS, *FURTHER])
 def test_it_gives_what_one_device_gives(op):
+    assert on_devices(lambda given, masks: op(given, *masks), mesh_of(4), "data") == {1}
+
+
+@pytest.mark.parametrize("op", [softmax, pytest.param(favor, marks=pytest.mark.slow)])
+def test_so_do_its_gradients(op):
     assert on_devices(graded(op), mesh_of(4), "data") == {1}
 
 
