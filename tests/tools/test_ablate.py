@@ -96,6 +96,7 @@ def test_finished_rows_are_not_run_again_and_more_seeds_are_only_added(done):
     assert complete and "4 of 6 runs are finished already" in said
     assert calls(file)[8:] == ["2 1 2", "2 2 2"]
     assert len(records(place)) == 10
+    assert "2 to 3 seeds a row; 10 runs" in (place / "table.md").read_text()
 
 
 def test_only_chosen_rows_are_run_and_the_others_say_so(tmp_path):

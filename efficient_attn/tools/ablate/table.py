@@ -1,5 +1,6 @@
 """table.md of a sweep: ours beside the paper's, its claims, and what was not run."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -161,9 +162,11 @@ def _origin(results: Results) -> str:
             for r in records
         ]
     )
-    seeds = len({record.seed for record in records})
+    counts = Counter(record.label for record in records).values()
+    few, many = min(counts), max(counts)
+    seeds = f"{few} to {many} seeds a row" if few < many else f"{many} seed{'s' * (many > 1)}"
     seconds = sum(record.seconds for record in records)
     return (
         f"{days}; commit {', '.join(commits)}; {'; '.join(devices)}; "
-        f"{seeds} seed{'s' * (seeds > 1)}; {len(records)} runs, {seconds:,.0f} s in all."
+        f"{seeds}; {len(records)} runs, {seconds:,.0f} s in all."
     )
