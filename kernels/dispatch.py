@@ -66,7 +66,7 @@ def run(
         )
     elif reason := _reason(paths[backend], arguments, options):
         raise NotImplementedError(f"{op} with backend {backend!r}: {reason}")
-    if backend == "pallas" and not (alone() or divided()):
+    if backend == "pallas" and not _placed():
         _warn_once(op, jax.device_count())
     return paths[backend].run(*arguments, **options)
 
@@ -74,8 +74,12 @@ def run(
 def _proven(op: str, backend: str) -> bool:
     if op in PROVEN.get((target().chip, backend), ()):
         return True
-    known = backend == "pallas" and op in measured().get(device_kind(), ())
-    return known and (alone() or divided())
+    return backend == "pallas" and op in measured().get(device_kind(), ()) and _placed()
+
+
+def _placed() -> bool:
+    """Whether it is known which device runs what of a kernel."""
+    return alone() or divided()
 
 
 @functools.cache

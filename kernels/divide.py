@@ -54,17 +54,19 @@ def by_batch(run, *split, whole=None):
 
     All arrays of the result have the batch in front, too; each device has the whole of `whole`.
     """
-    given = split if whole is None else (*split, whole)
+
+    def call(split, whole):
+        return run(*split) if whole is None else run(*split, whole)
+
     division = _named.get()
     if division is None or division.mesh.size == 1 or inside_shard_map():
-        return run(*given)
+        return call(split, whole)
     even = len(jax.tree.leaves(split)[0]) % division.parts == 0
     rows = PartitionSpec(division.batch) if even else PartitionSpec()
-    specs = (*(rows,) * len(split), PartitionSpec())[: len(given)]
     # Pallas' simulators do not know how values vary over a mesh, hence no check of that
     return jax.shard_map(
-        run, mesh=division.mesh, in_specs=specs, out_specs=rows, check_vma=False
-    )(*given)  # fmt: skip
+        call, mesh=division.mesh, in_specs=(rows, PartitionSpec()), out_specs=rows, check_vma=False
+    )(split, whole)  # fmt: skip
 
 
 def divided() -> bool:

@@ -53,6 +53,11 @@ def test_a_named_path_that_refuses_says_why():
         dispatch.run("an op", "pallas", PATHS, (3,), {"limit": 2})
 
 
+def over_all_devices():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    return divide(mesh, "data")
+
+
 @pytest.fixture
 def proven(monkeypatch):
     monkeypatch.setitem(dispatch.PROVEN, ("cpu", "pallas"), frozenset({"an op"}))
@@ -74,8 +79,7 @@ def test_auto_takes_a_kernel_where_the_table_says_that_it_is_proven_on_this_very
     kind = target.device_kind()
     monkeypatch.setattr(dispatch, "measured", lambda: {kind: {"an op": {}}, "other": {"op": {}}})
     assert dispatch.run("an op", "auto", PATHS, (2,), {"limit": 2}) == ("xla", 2)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    with divide(mesh, "data"):
+    with over_all_devices():
         assert dispatch.run("an op", "auto", PATHS, (2,), {"limit": 2}) == ("pallas", 2)
         assert dispatch.run("an op", "auto", PATHS, (3,), {"limit": 2}) == ("xla", 3)
         assert dispatch.run("op", "auto", PATHS, (2,), {"limit": 2}) == ("xla", 2)
@@ -102,8 +106,7 @@ def test_auto_says_once_what_it_took(caplog, proven):
 
 def test_a_kernel_named_among_several_devices_says_once_that_jax_does_not_divide_it(caplog):
     dispatch._warn_once.cache_clear()
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    with divide(mesh, "data"):
+    with over_all_devices():
         dispatch.run("an op", "pallas", PATHS, (1,), {"limit": 2})
     assert not caplog.records
     for _ in range(2):

@@ -12,6 +12,7 @@ from kernels import Mask
 from kernels.divide import by_batch
 from kernels.target import use
 from tests import support
+from tests.kernels.on_tpu import quick, same
 from tests.kernels.simulated import pallas
 
 pytestmark = pallas
@@ -115,12 +116,9 @@ def on_devices(function, mesh, axes):
     given = problem()
     spread = jax.device_put(given, NamedSharding(mesh, PartitionSpec()))
     with use("tpu", interpret=pltpu.InterpretParams()):
-        alone = jax.jit(function, compiler_options=support.fast())(*given)
-        divided = kernels.divide(mesh, axes)(function)
-        divided = jax.jit(divided, compiler_options=support.fast()).trace(*spread)
-        found = divided.lower().compile()(*spread)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(alone), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        alone = quick(function)(*given)
+        divided = quick(kernels.divide(mesh, axes)(function)).trace(*spread)
+        same(divided.lower().compile()(*spread), alone)
     bodies = [x.params["jaxpr"] for x in divided.jaxpr.eqns if x.primitive.name == "shard_map"]
     return {body.invars[0].aval.shape[0] for body in bodies}
 
