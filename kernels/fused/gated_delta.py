@@ -9,13 +9,16 @@ module (`kernels.pallas_tpu.gated_delta`) has, on arrays [B, T, H, channels] and
     CHUNK                 tokens of a chunk
     forward(q, k, v, ways, beta, *, state, interpret) -> out [B,T,H,Dv], S [B,H,R,Dv]
     backward(q, k, v, ways, beta, *, dout, state, dstate, interpret)
-        -> dq, dk [B,T,H,R], dv [B,T,H,Dv], dbeta, passed [B,H,T], dS [B,H,R,Dv]
+        -> dq, dk [B,T,H,R], dv [B,T,H,Dv], dbeta, passed [B,H,T], dS, S [B,H,R,Dv]
 
 beta is [B,H,T]; it, its gradient and states are float32. passed_t is what token t reads times its
 gradient, less what is read of token t later times theirs. What passes from j < t to i >= t fades by
 a_t = exp(log_decay_t), so that
 
     dlog_decay_t = sum_{i >= t} passed_i + sum S_T dS_T
+
+where all cancels that does not pass t: passed and S, the state after the last token, are sums of
+the same rounded numbers.
 """
 
 import importlib
@@ -34,7 +37,7 @@ from kernels.fused.ways import of_decays
 from kernels.mask import Mask
 from kernels.target import refuse_kernels, target
 
-MODULES = {"tpu": "kernels.pallas_tpu.gated_delta"}
+MODULES = {"tpu": "kernels.pallas_tpu.gated_delta", "hopper": "kernels.pallas_gpu.gated_delta"}
 
 
 class How(NamedTuple):
@@ -111,14 +114,14 @@ def _forward(how: How, tokens: Tokens, state):
     ways = of_decays(tokens.log_decay, tokens.segments, how.module.CHUNK)
     q, k, v, beta = tokens[:4]
     out, last = how.module.forward(q, k, v, ways, beta, state=state, interpret=how.interpret)
-    return (out, last), (tokens, ways, state, last)
+    return (out, last), (tokens, ways, state)
 
 
 def _backward(how: How, residuals, cotangents):
-    tokens, ways, state, last = residuals
+    tokens, ways, state = residuals
     dout, dlast = cotangents
     q, k, v, beta = tokens[:4]
-    dq, dk, dv, dbeta, passed, dstate = how.module.backward(
+    dq, dk, dv, dbeta, passed, dstate, last = how.module.backward(
         q, k, v, ways, beta, dout=dout, state=state, dstate=dlast, interpret=how.interpret
     )
     dlog_decay = cumsum_back(passed) + jnp.sum(last * dlast, axis=(2, 3))[..., None]

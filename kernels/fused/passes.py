@@ -98,34 +98,34 @@ def _pass_forward(how: How, tokens: Tokens, entry: Entry | None):
     out, den = split.whole(how.pieces, out), split.whole_numbers(how.pieces, den)
     left = split.place(how.pieces, left, -1)
     held = (out, den) if how.normalise else ()
-    return (out, Entry(*left, top)), (tokens, entry, projection, ways, held, state, left[0])
+    return (out, Entry(*left, top)), (tokens, entry, projection, ways, held, state)
 
 
 def _pass_backward(how: How, residuals, cotangents):
-    tokens, entry, projection, ways, held, state, last = residuals
+    tokens, entry, projection, ways, held, state = residuals
     dout, dleft = cotangents
     inverse, r = _quotient(dout, *held) if how.normalise else _plain(tokens, dout)
     given = split.cut(how.pieces, tokens[:3], ways, projection)
     dout = split.tokens(how.pieces, dout)
     inverse, r = (split.numbers(how.pieces, x) for x in (inverse, r))
-    dstate = dleft.sums, dleft.normaliser
+    dlast = dleft.sums, dleft.normaliser
     if how.pieces > 1:
-        dstate = split.grads_after(how, given, dout, inverse, r, dstate)
-    dq, dk, dv, q_dq, k_dk, dstate = how.module.backward(
-        *given[:4], dout=dout, inv_den=inverse, r=r, state=state, dstate=dstate,
+        dlast = split.grads_after(how, given, dout, inverse, r, dlast)
+    dq, dk, dv, q_dq, k_dk, dstate, last = how.module.backward(
+        *given[:4], dout=dout, inv_den=inverse, r=r, state=state, dstate=dlast,
         projection=given.projection, normalise=how.normalise, chunk=how.chunk,
         interpret=how.interpret,
     )  # fmt: skip
     dq, dk, dv = (split.whole(how.pieces, x) for x in (dq, dk, dv))
-    q_dq, k_dk = (split.whole_numbers(how.pieces, x) for x in (q_dq, k_dk))
     dstate = split.place(how.pieces, dstate, 0)
     log_decay = None
     if tokens.log_decay is not None:
-        crossing = jnp.sum(last * dleft.sums, axis=(2, 3))[..., None]
-        log_decay = cumsum_back(q_dq - k_dk) + crossing
+        crossing = jnp.sum(last * dlast[0], axis=(2, 3))[..., None]
+        log_decay = split.whole_numbers(how.pieces, cumsum_back(q_dq - k_dk) + crossing)
+    log_scale = None if tokens.log_scale is None else split.whole_numbers(how.pieces, k_dk)
     grads = Tokens(
-        grouped(dq, tokens.q), grouped(dk, tokens.k), grouped(dv, tokens.v), None,
-        None if tokens.log_scale is None else k_dk, log_decay, None,
+        grouped(dq, tokens.q), grouped(dk, tokens.k), grouped(dv, tokens.v), None, log_scale,
+        log_decay, None,
     )  # fmt: skip
     if entry is None:
         return grads, None

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from kernels.fused.passes import LEAST
 from kernels.pallas_gpu.favor_body import WORK
 from kernels.pallas_gpu.favor_plan import RANK, Plan
+from kernels.pallas_gpu.fit import filled
 from kernels.pallas_gpu.pipeline import run
 from kernels.pallas_gpu.plan import MEMORY, WIDTH, Role
 
@@ -49,9 +50,9 @@ def favor(
     """
     depth, of_values = weight.shape[1], x if role.own else z
     values = (state[0] if of_values is None else of_values).shape[-1]
-    x, y, z, own, weight = (filled(a) for a in (x, y, z, own, weight))
+    x, y, z, own, weight = (filled(a, -1, WIDTH) for a in (x, y, z, own, weight))
     if state is not None:
-        state = filled(state[0], 2 if role.own else 3), state[1]
+        state = filled(state[0], 2 if role.own else 3, WIDTH), state[1]
     named = {name: a for name, a in (vectors or {}).items() if a is not None}
     named |= {f"offset_{name}": a for name, a in offsets.items()}
     call = _Call(role, x, y, z, own, heads, named, fill, segments, state)
@@ -66,15 +67,6 @@ def favor(
     if made.S is not None:
         made.S = made.S[..., :values]
     return made
-
-
-def filled(a: jax.Array | None, axis: int = -1) -> jax.Array | None:
-    """`a` with zeros up to 64 channels, or what it is if it has them."""
-    if a is None or a.shape[axis] >= WIDTH:
-        return a
-    more = [(0, 0)] * a.ndim
-    more[axis] = (0, WIDTH - a.shape[axis])
-    return jnp.pad(a, more)
 
 
 class _Call(NamedTuple):

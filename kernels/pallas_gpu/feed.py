@@ -48,22 +48,23 @@ def feed(plan: Plan, r, interpret):
     """
     stages = plan.stages
 
-    def group(ref, h):
-        per = plan.heads // ref.shape[2]
+    def group(groups: int, h):
+        per = plan.heads // groups
         return h if per == 1 else lax.div(h, jnp.int32(per))
 
     def source(name, index, rows):
         b, h, column = place_of(plan, index)
         ref = getattr(r, name)
         if name in ("x", "y"):
-            return ref.at[b, rows, group(ref, h)]
+            return ref.at[b, rows, group(ref.shape[2], h)]
         if name in ("z", "own"):
             columns = pl.ds(column, plan.loads[name][1][-1])
-            return ref.at[b, rows, group(ref, h), columns]
+            return ref.at[b, rows, group(ref.shape[2], h), columns]
         if name == "segments":
             return ref.at[b, rows]
         one = ref.shape[:3] == (1, 1, 1)
-        return ref.at[(0, 0, 0) if one else (b, h, lax.div(rows.start, jnp.int32(CHUNK)))]
+        chunk = lax.div(rows.start, jnp.int32(CHUNK))
+        return ref.at[(0, 0, 0) if one else (b, group(ref.shape[1], h), chunk)]
 
     def fill(step, _):
         slot = lax.rem(step, jnp.int32(stages))

@@ -17,13 +17,14 @@ import jax
 import jax.numpy as jnp
 
 from kernels.pallas_gpu.favor import favor
+from kernels.pallas_gpu.fit import WIDTHS
 from kernels.pallas_gpu.log_scale import half_square, log_scale
 from kernels.pallas_gpu.plan import CHUNK, Role
 from kernels.pallas_gpu.stream import stream
 
 SHIFTS_QUERIES = True
-DEPTHS = (64, 128)
-"""Channels of a head that the kernels take; of one whose features they make, 32 too."""
+DEPTHS = (32, 64, 128)
+"""Channels of a head whose features the kernels make."""
 RANKS = (128, 256, 512)
 """Features that they make."""
 
@@ -57,13 +58,17 @@ def refuse(q, k, v, *, rank: int | None = None) -> str | None:
             f"there are {rank} features; the Hopper kernels make {' or '.join(map(str, RANKS))}: "
             "use backend='xla'"
         )
-    depths = DEPTHS if rank is None else (32, *DEPTHS)
-    for name, a in (("k", k), ("v", v)):
-        if a.shape[-1] not in depths or a.shape[-1] != q.shape[-1]:
-            return (
-                f"{name} has {a.shape[-1]} channels a head, q {q.shape[-1]}; the Hopper "
-                f"kernels take {' or '.join(map(str, depths))} of each: use backend='xla'"
-            )
+    widths = k.shape[-1], v.shape[-1]
+    if rank is None and max(widths) > WIDTHS[-1]:
+        return (
+            f"k and v have {widths[0]} and {widths[1]} channels a head; the Hopper kernels take up "
+            f"to {WIDTHS[-1]}: use backend='xla'"
+        )
+    if rank is not None and (widths[0] != widths[1] or widths[0] not in DEPTHS):
+        return (
+            f"k and v have {widths[0]} and {widths[1]} channels a head; the Hopper kernels make "
+            f"features of {' or '.join(map(str, DEPTHS))}, for values of as many: use backend='xla'"
+        )
     return None
 
 
@@ -102,10 +107,11 @@ def backward(
     state: tuple[jax.Array, jax.Array] | None, dstate: tuple[jax.Array, jax.Array] | None,
     projection: Any, normalise: bool, chunk: int, interpret: Any,
 ):  # fmt: skip
-    """dq, dk [B, T, H, D], dv [B, T, H, Dv], q_dq, k_dk [B, H, T], (dS, dz).
+    """dq, dk [B, T, H, D], dv [B, T, H, Dv], q_dq, k_dk [B, H, T], (dS, dz), S.
 
-    With a projection dq and dk are of what features are made of, q_dq and k_dk of the features.
-    q_dq and k_dk, which nobody needs then, are None where `ways` and `projection` are.
+    With a projection dq and dk are of what features are made of, q_dq and k_dk of the features, and
+    S, which decays ask for, is None. q_dq and k_dk, which nobody needs then, are None where `ways`
+    and `projection` are.
     """
     assert chunk == CHUNK
     gain, shift = (inv_den, r) if normalise else (None, None)
@@ -119,7 +125,8 @@ def backward(
     both = {"keep": keep, "gain": gain}
 
     own = ways is not None or projection is not None
-    role = Role(lift=normalise, own=own)
+    precise = ways is not None and not normalise  # decays; else nobody sums over tokens
+    role = Role(lift=normalise, own=own, precise=precise)
     factors = both | {"row": row, "column": column, "shift": shift, "enter": end}
     factors |= {"read": _product(start, gain), "lift": _product(start, shift)}
     query = _run(projection, heads, z=("k", k), own=("q", q))(
@@ -132,13 +139,14 @@ def backward(
     run = _run(projection, heads, x=("k", k), y=("q", q))
     value = run(role, k, q, dout, vectors=later, state=dstate, **shared)
 
-    role = Role(reverse=True, gain="columns", lift=normalise, own=own)
+    role = Role(reverse=True, gain="columns", lift=normalise, own=own, precise=precise)
     key = _run(projection, heads, z=("q", q), own=("k", k))(
         role, v, dout, q, k if role.own else None, vectors=later | {"shift": shift, "lift": end},
         fill=_product(start, shift), state=_turned(dstate), **shared,
     )  # fmt: skip
     before = (value.S, _or_zeros(key.n, value.S))
-    return query.out, key.out, value.out, query.own, key.own, before
+    last = jnp.swapaxes(query.S, 2, 3) if projection is None else None
+    return query.out, key.out, value.out, query.own, key.own, before, last
 
 
 def sums(

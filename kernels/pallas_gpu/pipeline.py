@@ -51,7 +51,7 @@ class Work(NamedTuple):
     read(plan, r, at, interpret): makes what the rows of a chunk read, and sends it off.
     operands(plan, r, at) -> a, b, c of the update, in shared memory. begin(plan, r, at): before
     either. fetch(plan, r): what the feeding warpgroup copies before all chunks; `ready` says when
-    it has come.
+    it has come. more(plan, r, at) -> a, b of a further product, which S gets as it is.
 
     at: the chunk's number among those that come, its slot in the ring and tile in the slot, and the
     warpgroup, which is `index` where the compiler may know it.
@@ -62,6 +62,7 @@ class Work(NamedTuple):
     operands: Callable
     begin: Callable | None = None
     fetch: Callable | None = None
+    more: Callable | None = None
 
 
 def run(
@@ -70,7 +71,7 @@ def run(
     arrays: dict[str, jax.Array | None],
     vectors: dict[str, jax.Array],
     fill: jax.Array | None,
-    state: tuple[jax.Array, jax.Array] | None,
+    state: tuple[jax.Array, jax.Array | None] | None,
     interpret: Any,
 ) -> dict[str, jax.Array]:
     """A kernel's results by name. `arrays` are what its plan loads or its work fetches."""
@@ -134,7 +135,8 @@ def _compute(work: Work, plan: Plan, r, index: int, interpret):
         if role.out:
             work.read(plan, r, at, interpret)
         if role.update:
-            S, n = _update(plan, r, at, S, n, work.operands(plan, r, at), interpret)
+            more = () if work.more is None else (work.more(plan, r, at),)
+            S, n = _update(plan, r, at, S, n, work.operands(plan, r, at), more, interpret)
         plgpu.barrier_arrive(r.empty.at[slot])
         if role.update:
             _publish(plan, r, S, n, me)
@@ -184,13 +186,16 @@ def _introduce(r, index: int):
 def _publish(plan: Plan, r, S, n, warpgroup):
     """S in bfloat16, and n, where products and rows read them."""
     if plan.role.out:
-        r.S_s.at[warpgroup][...] = S.astype(jnp.bfloat16)
+        high = S.astype(jnp.bfloat16)
+        r.S_s.at[warpgroup][...] = high
+    if plan.role.precise:
+        r.low_s.at[warpgroup][...] = (S - high.astype(jnp.float32)).astype(jnp.bfloat16)
     if plan.role.out and plan.sums:
         r.n_s.at[warpgroup][...] = n.sum(axis=1)
     plgpu.commit_smem()
 
 
-def _update(plan: Plan, r, at, S, n, operands, interpret):
+def _update(plan: Plan, r, at, S, n, operands, more, interpret):
     """S and n after a chunk."""
     a, b, c = operands
     enter = vector_of(plan, r, at, "enter", ROWS)
@@ -201,12 +206,15 @@ def _update(plan: Plan, r, at, S, n, operands, interpret):
         fill = r.fill_s.at[at.slot, at.tile]
         n = add_matmul(n, (c.transpose((1, 0)), fill.transpose((1, 0))), interpret=interpret)
     if enter is not None:
-        entering = plgpu.load(a if plan.gradient else b, layout=LAYOUT).astype(jnp.float32)
-        entered = getattr(r, f"{plan.entered}_s").at[at.warpgroup]
+        entered = a if plan.gradient else b
+        entering = plgpu.load(entered, layout=LAYOUT).astype(jnp.float32)
+        if plan.entered is not None:
+            entered = getattr(r, f"{plan.entered}_s").at[at.warpgroup]
         entered[...] = (entering * by_row(enter, WIDTH)).astype(jnp.bfloat16)
         plgpu.commit_smem()
         a, b = (entered, b) if plan.gradient else (a, entered)
-    return add_matmul(S, (a.transpose((1, 0)), b), interpret=interpret), n
+    pairs = ((a.transpose((1, 0)), b) for a, b in ((a, b), *more))
+    return add_matmul(S, *pairs, interpret=interpret), n
 
 
 def when(condition):
@@ -237,7 +245,9 @@ def weights(plan: Plan, r, at, p):
     numbers = r.numbers_s.at[at.warpgroup]
     i = by_row(plgpu.load(numbers, layout=ROWS), CHUNK)
     j = by_column(plgpu.load(numbers, layout=COLUMNS), CHUNK)
-    seen = i <= j if plan.role.reverse else i >= j
+    if plan.role.reverse:
+        i, j = j, i
+    seen = i > j if plan.role.strict else i >= j
     if plan.segments:
         ids = r.segments_s.at[at.slot, at.tile]
         ids = (plgpu.load(ids, layout=ROWS), plgpu.load(ids, layout=COLUMNS))

@@ -26,19 +26,24 @@ class Role:
 
     out: what rows read; else only the state. within: from their own chunk too, not just from S.
     update: S changes from chunk to chunk. reverse: from the last chunk to the first; rows see what
-    comes after them. gain: "rows" or "columns" of p, what `gain` and `shift` run along. divide:
-    out is divided by its normaliser. lift: n is added. own: sums of out times a further array.
-    raw: out is float32, and the normaliser is given but not divided by (in `favor` alone).
+    comes after them. strict: rows do not see themselves. gain: "rows" or "columns" of p, along
+    which `gain` and `shift` run. divide: out is divided by its normaliser. lift: n is added. own:
+    sums of out times a further array. precise: these are of the numbers that another pass, which
+    has `read` and `enter` exchanged, multiplies, and of S to 16 bits; what both find of a pair of
+    tokens is the same then, and a sum over all tokens has the error of few. raw: out is float32,
+    and the normaliser is given but not divided by (in `favor` alone).
     """
 
     out: bool = True
     within: bool = True
     update: bool = True
     reverse: bool = False
+    strict: bool = False
     gain: str = "rows"
     divide: bool = False
     lift: bool = False
     own: bool = False
+    precise: bool = False
     raw: bool = False
 
 
@@ -103,9 +108,12 @@ class Plan:
         return False
 
     @property
-    def entered(self) -> str:
-        """The name of the shared memory that holds it times `enter`."""
-        return "enter"
+    def entered(self) -> str | None:
+        """The name of the shared memory that holds it times `enter`; None: it stays where it is.
+
+        There nothing else may read it, as n does, and all warps must have met since a row did.
+        """
+        return "enter" if self.sums else None
 
     @property
     def loads(self) -> dict[str, tuple[int, tuple[int, ...], Any]]:
@@ -152,7 +160,9 @@ class Plan:
         if role.out:
             own["S"] = (self.shape, bfloat16)
             own["out"] = ((CHUNK, WIDTH), bfloat16)
-        if "enter" in self.names:
+        if role.precise:
+            own["low"] = (self.shape, bfloat16)
+        if "enter" in self.names and self.sums:
             own["enter"] = ((CHUNK, WIDTH), bfloat16)
         if self.sums and role.out:
             own["n"] = ((self.depth if role.divide else WIDTH,), f32)
@@ -193,12 +203,12 @@ def size(shape: tuple[int, ...], dtype) -> int:
     return math.prod(shape) * jnp.dtype(dtype).itemsize
 
 
-def plan_of(role: Role, width: int, x, y, heads: int, names, **known: bool) -> Plan:
+def plan_of(role: Role, width: int, x, y, heads: int, names, *, kind=Plan, **known: bool) -> Plan:
     """As many stages as fit, up to four."""
     some = x if x is not None else y
     sizes = (*some.shape[:2], heads, some.shape[-1], width)
     for stages in (4, 3, 2):
-        plan = Plan(role, *sizes, names=names, stages=stages, **known)
+        plan = kind(role, *sizes, names=names, stages=stages, **known)
         if plan.bytes <= MEMORY:
             return plan
     raise AssertionError(f"no two stages of {plan} fit")

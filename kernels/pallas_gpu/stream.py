@@ -25,6 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.fused.passes import LEAST
 from kernels.pallas_gpu.feed import chunk_of, mine, place_of
+from kernels.pallas_gpu.fit import filled, whole
 from kernels.pallas_gpu.pipeline import Work, run, vector_of, weights, when
 from kernels.pallas_gpu.plan import CHUNK, WIDTH, Plan, Role, plan_of
 from kernels.pallas_gpu.wgmma import (
@@ -37,6 +38,7 @@ from kernels.pallas_gpu.wgmma import (
     constant,
     left,
     matmul,
+    rounded,
 )
 
 
@@ -51,7 +53,7 @@ def stream(
     vectors: dict[str, jax.Array | None] | None = None,
     fill: jax.Array | None = None,
     segments: jax.Array | None = None,
-    state: tuple[jax.Array, jax.Array] | None = None,
+    state: tuple[jax.Array, jax.Array | None] | None = None,
     interpret: Any,
 ) -> SimpleNamespace:
     """Runs the kernel; see the module's formula.
@@ -64,18 +66,27 @@ def stream(
     Returns: out [B, T, H, E]; den and own [B, H, T]; S and n; None what the role does not make.
     """
     vectors = {name: a for name, a in (vectors or {}).items() if a is not None}
-    known = {"segments": segments is not None, "state": state is not None}
-    width = (z if z is not None else state[0]).shape[-1]
-    plan = plan_of(role, width, x, y, heads, tuple(sorted(vectors)), **known)
-    arrays = {"x": x, "y": y, "z": z, "own": own, "segments": segments}
-    work = Work(_places, _read, _operands)
-    made = run(work, plan, arrays, vectors, fill, state, interpret)
-    if "own" in made:
-        made["own"] = jnp.sum(made["own"], axis=0)
-    return SimpleNamespace(**{name: made.get(name) for name in ("out", "den", "own", "S", "n")})
+    depth, width = ((state[0].shape[i] if a is None else a.shape[-1]) for i, a in ((2, y), (3, z)))
+    fit = whole(max(depth, width))
+    arrays = {"x": x, "y": y, "z": z, "own": own}
+    arrays = {name: filled(a, 3, fit) for name, a in arrays.items()} | {"segments": segments}
+    if state is not None:
+        state = filled(filled(state[0], 2, fit), 3, fit), filled(state[1], 2, fit)
+    plan = plan_of(
+        role, fit, arrays["x"], arrays["y"], heads, tuple(sorted(vectors)),
+        segments=segments is not None, state=state is not None,
+    )  # fmt: skip
+    made = run(Work(places, _read, _operands), plan, arrays, vectors, fill, state, interpret)
+    made = {name: made.get(name) for name in ("out", "den", "own", "S", "n")}
+    cut = {"out": (..., slice(width)), "S": (..., slice(depth), slice(width))}
+    cut["n"] = ..., slice(depth if plan.summed == "y" else width)
+    made |= {name: made[name][at] for name, at in cut.items() if made[name] is not None}
+    made["own"] = None if made["own"] is None else jnp.sum(made["own"], axis=0)
+    return SimpleNamespace(**made)
 
 
-def _places(plan: Plan, index: int):
+def places(plan: Plan, index: int):
+    """Where a computing warpgroup's parts of S and n are."""
     b, h, column = place_of(plan, index)
     columns = pl.ds(column, WIDTH)
     return (b, h, slice(None), columns), (b, h) if plan.summed == "y" else (b, h, columns)
@@ -87,7 +98,12 @@ def _operands(plan: Plan, r, at):
 
 
 def _read(plan: Plan, r, at, interpret):
-    made = _made(plan, r, at, interpret)
+    send(plan, r, at, made_of(plan, r, at, r.z_s.at[at.slot, at.warpgroup], interpret))
+
+
+def send(plan: Plan, r, at, made: dict[str, jax.Array]):
+    """Sends off what was made of a chunk, out in bfloat16."""
+    made["out"] = made["out"].astype(jnp.bfloat16)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was last made has left
     for name, a in made.items():
         getattr(r, f"{name}_s").at[at.warpgroup][...] = a
@@ -95,8 +111,11 @@ def _read(plan: Plan, r, at, interpret):
     _store(plan, r, at.index, pl.ds(chunk_of(plan, at.count) * CHUNK, CHUNK))
 
 
-def _made(plan: Plan, r, at, interpret) -> dict[str, jax.Array]:
-    """What the rows of a chunk read, by the name of the output."""
+def made_of(plan: Plan, r, at, z, interpret) -> dict[str, jax.Array]:
+    """What the rows of a chunk read, of the columns z in shared memory, by the name of the output.
+
+    All in float32.
+    """
     role, x = plan.role, r.x_s.at[at.slot, at.tile]
     vector = functools.partial(vector_of, plan, r, at)
     read, made, inner = vector("read", ROWS), {}, []
@@ -106,12 +125,19 @@ def _made(plan: Plan, r, at, interpret) -> dict[str, jax.Array]:
         p = weights(plan, r, at, matmul((CHUNK, CHUNK), (x, y.transpose((1, 0)))))
         den = den + p.sum(axis=1) if role.divide else None
         spare_s = r.spare_s.at[at.warpgroup] if interpret else None
-        inner = [(left(p.astype(jnp.bfloat16), spare_s), r.z_s.at[at.slot, at.warpgroup])]
-    past = (x, r.S_s.at[at.warpgroup])
+        inner = [(left(p.astype(jnp.bfloat16), spare_s), z)]
+    past = [(x, r.S_s.at[at.warpgroup])]
+    if role.precise:
+        past.append((x, r.low_s.at[at.warpgroup]))
+    own = 0.0
     if read is None:
-        out = matmul((CHUNK, WIDTH), past, *inner)
+        out = matmul((CHUNK, WIDTH), *past, *inner)
     else:
-        out = matmul((CHUNK, WIDTH), past) * by_row(read, WIDTH)
+        out = matmul((CHUNK, WIDTH), *past)
+        if role.precise:
+            entered = _own(r, at) * by_row(read, WIDTH)
+            own = (out * (rounded(entered, interpret) - entered)).sum(axis=1)
+        out *= by_row(read, WIDTH)
         out = add_matmul(out, *inner, interpret=interpret) if inner else out
     if role.lift:
         n = by_column(plgpu.load(r.n_s.at[at.warpgroup], layout=COLUMNS), CHUNK)
@@ -122,9 +148,12 @@ def _made(plan: Plan, r, at, interpret) -> dict[str, jax.Array]:
         out *= by_row(jnp.where(dead, 0.0, 1 / jnp.where(dead, 1.0, den)), WIDTH)
         made["den"] = den
     if role.own:
-        own = plgpu.load(r.own_s.at[at.slot, at.warpgroup], layout=LAYOUT)
-        made["sum"] = (out * own.astype(jnp.float32)).sum(axis=1)
-    return made | {"out": out.astype(jnp.bfloat16)}
+        made["sum"] = own + (out * _own(r, at)).sum(axis=1)
+    return made | {"out": out}
+
+
+def _own(r, at):
+    return plgpu.load(r.own_s.at[at.slot, at.warpgroup], layout=LAYOUT).astype(jnp.float32)
 
 
 def _den(plan: Plan, r, at):

@@ -72,6 +72,30 @@ def add_matmul(acc: jax.Array, *pairs, interpret) -> jax.Array:
     return pl.run_state(sum_up)(plgpu.WGMMAAccumulatorRef.init(acc))
 
 
+def rounded(x, interpret):
+    """float32 x as bfloat16 has it; where interpreted, in a way that XLA does not take for x."""
+    if interpret:
+        return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return x.astype(jnp.bfloat16).astype(jnp.float32)
+
+
+def in_two(parts, x) -> None:
+    """Puts float32 x into two matrices of shared memory, to 16 bits: x rounded, and what is left.
+
+    All warps must have met since the last product that read there.
+    """
+    high = x.astype(jnp.bfloat16)
+    parts[0][...] = high
+    parts[1][...] = (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+    plgpu.commit_smem()
+
+
+def matmul_in_two(x, y) -> jax.Array:
+    """x @ y of matrices that `in_two` made, less what both small parts give together."""
+    shape = x[0].shape[0], y[0].shape[1]
+    return matmul(shape, *((x[a], y[b]) for a, b in ((0, 0), (0, 1), (1, 0))))
+
+
 def spare(shape: tuple[int, ...], dtype, interpret) -> list:
     """Scratch for `left`, as a list to append to `scratch_types`: empty on hardware."""
     return [shared(shape, dtype)] if interpret else []

@@ -19,12 +19,15 @@ from kernels.pallas_tpu.carried import begin, by_block, finish
 from kernels.pallas_tpu.chip import LANES
 from kernels.pallas_tpu.linear_body import (
     Vectors,
+    dot,
     factors_of,
     in_two,
     lanes_of,
     places,
     product,
+    row_sums,
     times,
+    whole_product,
 )
 from kernels.pallas_tpu.linear_plan import (
     Plan,
@@ -86,6 +89,8 @@ def backward(q, k, v, ways: Ways, beta, *, dout, state, dstate, interpret=None):
     plan, arrays = _planned(ways, q=q, k=k, v=v, dout=dout)
     ins = _ins(plan, arrays, ways, beta)
     again = _again(plan, ins, state, interpret)
+    last = _state_of(plan, again, q, v)
+    by_chunks = {name: by_chunk(plan, again[name]) for name in ("before", "inverse")}
 
     def body(at):
         begin(at)
@@ -103,16 +108,16 @@ def backward(q, k, v, ways: Ways, beta, *, dout, state, dstate, interpret=None):
     outs |= {"dbeta": rows_of(plan), "passed": rows_of(plan)}
     made = call(
         body, plan._replace(backwards=True),
-        ins | {name: by_chunk(plan, x) for name, x in again.items()} | _state_in(plan, dstate),
+        ins | by_chunks | _state_in(plan, dstate),
         outs | _state_out(plan), scratch=_scratch(plan), interpret=interpret,
     )  # fmt: skip
     dq, dk, dv = (_heads(plan, made[name], x.shape[3]) for name, x in wanted.items())
     rows = joined(made["dbeta"]), joined(made["passed"])
-    return dq, dk, dv, *rows, _state_of(plan, made, q, v)
+    return dq, dk, dv, *rows, _state_of(plan, made, q, v), last
 
 
 def _again(plan: Plan, ins, state, interpret) -> dict[str, jax.Array]:
-    """The state before each chunk [B,H,N,R,Dv], and its inverse [B,H,N,C,C], in float32."""
+    """The state before each chunk [B,H,N,R,Dv], its inverse [B,H,N,C,C], and what is left."""
 
     def body(at):
         begin(at)
@@ -121,6 +126,7 @@ def _again(plan: Plan, ins, state, interpret) -> dict[str, jax.Array]:
             here = _solved(plan, at, a, systems[a], inverse, at.memory[a])
             at.before[a, 0], at.inverse[a, 0] = here.held, here.inverse
             at.memory[a] = _absorbed(here)
+        finish(at, plan)
 
     chunks = plan.batch, plan.heads, plan.grid[2]
     shapes = {"before": (plan.depth, plan.dim), "inverse": (plan.chunk, plan.chunk)}
@@ -130,7 +136,9 @@ def _again(plan: Plan, ins, state, interpret) -> dict[str, jax.Array]:
     }
     ins = {name: x for name, x in ins.items() if name not in ("q", "dout")}
     ins |= _state_in(plan, state)
-    return call(body, plan, ins, outs, scratch=_scratch(plan), interpret=interpret)
+    return call(
+        body, plan, ins, outs | _state_out(plan), scratch=_scratch(plan), interpret=interpret
+    )
 
 
 class _System(NamedTuple):
@@ -225,7 +233,7 @@ def _grads(plan: Plan, at, a: int, system: _System):
     here, dheld = _solved(plan, at, a, system, at.inverse[a, 0], at.before[a, 0]), at.memory[a]
     vectors, k, beta, dtype = system.vectors, system.k, system.beta, q.dtype
     start, end, seen = vectors.col("start"), vectors.col("end"), vectors.seen()
-    held, after, change = (x.astype(dtype) for x in (here.held, dheld, here.change))
+    after, change = dheld.astype(dtype), here.change.astype(dtype)
 
     dchange = product(_weights(plan, at, a, system).astype(dtype), dout, 0, 0)
     dchange += product(times(end, k), after, 1, 0)
@@ -235,12 +243,12 @@ def _grads(plan: Plan, at, a: int, system: _System):
     by_keys = (beta * dsystem).astype(dtype)  # the gradients of <k_i, k_j>, and of <q_i, k_j>
     by_queries = jnp.where(seen, product(dout, change, 1, 1) * vectors.within(), 0.0).astype(dtype)
 
-    dq = product(by_queries, k, 1, 0) + start * product(dout, held, 1, 1)
-    read = product(by_keys, k, 1, 0) - start * product(dv.astype(dtype), held, 1, 1)
-    written = product(by_keys, k, 0, 0) + product(by_queries, q, 0, 0)
-    written += end * product(change, after, 1, 1)
-    dbeta = _total(dwrong * here.wrong) + _total(dsystem * system.products)
-    passed = _total(q.astype(f32) * dq) + _total(k.astype(f32) * (read - written))
+    dq, asked = _sum(q, product(by_queries, k, 1, 0), start, dout, here.held)
+    read, known = _sum(k, product(by_keys, k, 1, 0), start, -dv.astype(dtype), here.held)
+    inside = product(by_keys, k, 0, 0) + product(by_queries, q, 0, 0)
+    written, used = _sum(k, inside, end, change, dheld)
+    dbeta = row_sums(dwrong * here.wrong) + row_sums(dsystem * system.products)
+    passed = asked + known - used
     at.memory[a] = (
         vectors.keep() * dheld
         + product(times(start, q), dout, 0, 0)
@@ -249,9 +257,10 @@ def _grads(plan: Plan, at, a: int, system: _System):
     return dq, read + written, dv, dbeta, passed
 
 
-def _total(x):
-    """The sum of each row [C, 1]."""
-    return jnp.sum(x, axis=1, keepdims=True)
+def _sum(x, inside, factor, y, state):
+    """dx = inside + factor y state^T, and <x, dx> [C, 1]; see `linear_body.dot`."""
+    outside = whole_product(y, state, 1, 1)
+    return inside + factor * outside, dot(x, inside, factor, outside)
 
 
 def _planned(ways: Ways, **arrays):

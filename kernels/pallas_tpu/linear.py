@@ -25,6 +25,7 @@ from kernels.pallas_tpu.linear_body import (
     begin,
     chosen,
     column_sums,
+    dot,
     finish,
     gathered,
     head_of,
@@ -33,6 +34,7 @@ from kernels.pallas_tpu.linear_body import (
     logits_of,
     passed,
     product,
+    row_sums,
     rows,
     staged_features,
     taken,
@@ -199,7 +201,8 @@ def backward(
     dq, dk, dv = (x.reshape(*q.shape[:2], plan.heads, -1) for x in
                   (first["dq"], second["dk"], second["dv"]))  # fmt: skip
     q_dq = None if normalise else joined(first["q_dq"])
-    return dq, dk, dv, q_dq, joined(second["k_dk"]), state_of(plan, second)
+    before, (last, _) = state_of(plan, second), state_of(plan, first)
+    return dq, dk, dv, q_dq, joined(second["k_dk"]), before, last
 
 
 def _query_grads(plan: Plan, arrays, *, given, state, normalise: bool, interpret):
@@ -225,37 +228,27 @@ def _query_grads(plan: Plan, arrays, *, given, state, normalise: bool, interpret
                 inverse = here.col("inv_den")
                 phi, dphi, r = through_quotient(q[u], inside + start * before, norm, inverse)
                 at.r[u] = jnp.transpose(r)
-                dot = None
+                total = None
             else:
                 dphi = inside + start * before
-                phi, dot = _dot(q[u], dphi, start, inside, before, normalise)
-                at.q_dq[u] = jnp.transpose(dot)
+                phi, total = q[u].astype(f32), dot(q[u], inside, start, before)
+                at.q_dq[u] = jnp.transpose(total)
             x = lanes_of(plan, at.q[rows(plan, n)], a)
-            dq[u] = through(plan, at, x, phi, dphi, dot)
+            dq[u] = through(plan, at, x, phi, dphi, total)
         _put(plan, at.dq, gathered, dq)
+        finish(at, plan)
 
     q = arrays["q"]
     outs = {"dq": wide(plan, q.dtype, q.shape[3]), "r" if normalise else "q_dq": rows_of(plan)}
     return call(
-        queries, plan, tokens(plan, **arrays) | given | state_in(plan, state), outs,
-        scratch=state_scratch(plan), interpret=interpret,
+        queries, plan, tokens(plan, **arrays) | given | state_in(plan, state),
+        outs | state_out(plan), scratch=state_scratch(plan), interpret=interpret,
     )  # fmt: skip
 
 
 def _read(x, state, normalise: bool):
     """What x gets of a state; all of it where decays ask how much that is."""
     return product(x, state.astype(x.dtype), 1, 1) if normalise else whole_product(x, state, 1, 1)
-
-
-def _dot(x, dx, factor, inside, outside, normalise: bool):
-    """x in float32, and <x, dx> [C, 1], dx = inside + factor outside.
-
-    A decay's gradient is a difference of such sums of queries and of keys, in which all that does
-    not pass the token cancels: both passes multiply by the same rounded numbers.
-    """
-    wide = x.astype(f32)
-    terms = wide * dx if normalise else wide * inside + times(factor, x).astype(f32) * outside
-    return wide, jnp.sum(terms, axis=1, keepdims=True)
 
 
 def _key_grads(
@@ -292,11 +285,11 @@ def _key_grads(
             inside, later = product(grad, q[u], 1, 0), _read(v[u], held[u][0], normalise)
             if normalise:
                 later += held[u][1]
-            dphi = inside + end * later
-            phi, dot = _dot(k[u], dphi, end, inside, later, normalise)
-            at.k_dk[u] = jnp.transpose(dot)
+            phi, dphi = k[u].astype(f32), inside + end * later
+            total = row_sums(phi * dphi) if normalise else dot(k[u], inside, end, later)
+            at.k_dk[u] = jnp.transpose(total)
             a, n = u
-            dk[u] = through(plan, at, lanes_of(plan, at.k[rows(plan, n)], a), phi, dphi, dot)
+            dk[u] = through(plan, at, lanes_of(plan, at.k[rows(plan, n)], a), phi, dphi, total)
         _put(plan, at.dk, gathered, dk)
         _put(plan, at.dv, added, dv)
         finish(at, plan)

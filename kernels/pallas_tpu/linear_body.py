@@ -141,6 +141,20 @@ def in_two(x, dtype):
     return rounded, (x - rounded.astype(f32)).astype(dtype)
 
 
+def row_sums(x):
+    """[M, 1] of [M, N]."""
+    return jnp.sum(x, axis=1, keepdims=True)
+
+
+def dot(x, inside, factor, outside):
+    """<x, inside + factor outside> [C, 1], outside being what x gets of a state.
+
+    A decay's gradient is a difference of such sums of queries and of keys, in which all that does
+    not pass the token cancels: both passes multiply by the same rounded numbers.
+    """
+    return row_sums(x.astype(f32) * inside + times(factor, x).astype(f32) * outside)
+
+
 def places(chunk: int):
     """i and j at [i, j] of a chunk's pairs."""
     return (jax.lax.broadcasted_iota(jnp.int32, (chunk, chunk), axis) for axis in (0, 1))

@@ -161,9 +161,13 @@ def check(
     both = np.einsum("bthd,bthd->bht", np.float64(dout.astype(jnp.float32)), expected[0])
     r = jnp.float32(-both * inv_den) if normalise else jnp.zeros_like(inv_den)
     how |= {"dout": dout, "inv_den": inv_den, "r": r, "state": state, "dstate": tuple(dstate)}
-    dq, dk, dv, q_dq, k_dk, (dS, dz) = jax.jit(lambda *a: linear.backward(*a, ways, **how))(q, k, v)
+    dq, dk, dv, q_dq, k_dk, (dS, dz), left = jax.jit(lambda *a: linear.backward(*a, ways, **how))(
+        q, k, v
+    )
     for made, gradient in zip((dq, dk, dv, dS), grads, strict=False):
         near(made, gradient, 1e-2)
+    if rank is None:
+        near(left, expected[2], 5e-3)
     if normalise:
         near(dz, grads[4], 1e-2)
     if rank is not None:  # what a factor of the features gets: shifts are taken out of them

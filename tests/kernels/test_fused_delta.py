@@ -102,7 +102,8 @@ def test_export_for_tpu():
 @pytest.mark.parametrize(
     ("reason", "chip", "dtype", "key"),
     [
-        ("for TPUs, not for hopper", "hopper", jnp.float32, 32),
+        ("v is float32 and the Hopper kernels take bfloat16", "hopper", jnp.float32, 32),
+        ("keys have 192 channels a head, the Hopper kernels take 128", "hopper", jnp.bfloat16, 192),
         ("float16", "tpu", jnp.float16, 32),
         ("576 and 32 channels, the TPU kernels take 512", "tpu", jnp.float32, 576),
     ],

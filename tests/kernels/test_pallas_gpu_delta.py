@@ -1,0 +1,107 @@
+"""The gated delta rule's kernels on Hopper, in the interpreter that looks for races."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import Mask, reference
+from kernels import gated_delta_rule as op
+from kernels import gated_linear_attention as fading
+from kernels.pallas_gpu.inverse import inverses
+from kernels.target import use
+from tests import support
+from tests.kernels.compare import agree, both
+from tests.kernels.hopper import INTERPRET, no_races  # noqa: F401
+from tests.kernels.recurrent import causal_mask, decays, joined, tokens
+
+slow = pytest.mark.slow
+
+
+def problem(length, *, heads=2, key=64, value=64):
+    """Keys of length 1; beta in (0, 2), and 0 now and then; decays from 1 to e^-20."""
+    given = tokens(length, heads=heads, groups=heads, key=key, value=value, batch=1)
+    given["k"] /= np.linalg.norm(given["k"], axis=-1, keepdims=True)
+    beta = np.random.default_rng(3).uniform(0, 2, (1, length, heads)).astype(np.float32)
+    beta[:, ::9] = 0.0
+    given = {name: jnp.asarray(x, jnp.bfloat16) for name, x in given.items() if name in "qkv"} | {
+        "initial_state": given["initial_state"]
+    }
+    return given | {"beta": beta, "log_decay": decays(beta.shape)}
+
+
+def fused(op):
+    def call(*args, **options):
+        with use("hopper", INTERPRET):
+            return joined(op)(*args, backend="pallas", **options)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("length", "mask", "how"),
+    [(70, "all", {"heads": 1})]
+    + [
+        pytest.param(length, mask, how, marks=slow)
+        for length, mask, how in (
+            (1, "causal", {}),
+            (7, "all", {}),
+            (63, "causal", {"heads": 3}),
+            (100, "all", {"key": 48, "value": 96}),
+            (130, "causal", {"key": 96, "value": 192, "heads": 1}),
+            (257, "all", {"key": 128, "value": 128}),
+        )
+    ],
+)
+def test_output_state_and_gradients_are_the_recurrences(length, mask, how):
+    """With padding, segments and a state; widths of the kernels and others."""
+    mask = {
+        name: x[:1] if isinstance(x, np.ndarray) else x
+        for name, x in causal_mask(mask, length).items()
+    }
+    made = both(fused(op), joined(reference.gated_delta_rule), problem(length, **how), mask)
+    agree(made, forward=5e-3, backward=1e-2)
+
+
+@pytest.mark.parametrize(("top", "off"), [(1.0, 5e-5), (1.99, 5e-3)])
+def test_the_inverse_of_a_token_repeated_has_sixteen_bits(top, off):
+    """Powers of the system grow as binomials; of 1.99 the inverse, too, magnifies what is off: in
+    eight bits it would be half wrong.
+    """
+    k = jnp.ones((1, 128, 1, 64), jnp.bfloat16) / 8
+    beta, still = jnp.full((1, 1, 128), top), jnp.zeros((1, 1, 128))
+    segments = (jnp.arange(128) >= 96).astype(jnp.int32)[None]
+    made = inverses(
+        k, beta=beta, row=still, column=still, segments=segments, interpret=INTERPRET
+    ).astype(jnp.float32)
+    system = top * np.tril(np.ones((64, 64)), -1)
+    for n, apart in enumerate((64, 32)):
+        there = np.arange(64) // apart
+        exact = np.linalg.inv(np.eye(64) + system * (there[:, None] == there))
+        assert support.relative(made[0, 0, n].sum(0), exact) < off
+
+
+@slow
+@pytest.mark.parametrize("op", [op, fading])
+def test_the_gradient_of_decays_is_as_good_after_many_tokens(op):
+    """It is a sum of differences over all tokens, whose errors would add up."""
+    given = problem(768, heads=1)
+    given["log_decay"] = given["log_decay"] / 50
+    if op is fading:
+        del given["beta"]
+    shape = given["v"].shape
+    cotangent = support.draw(shape, seed=9)
+
+    def gradient(backend, given):
+        def loss(log_decay):
+            out, last = op(
+                **given | {"log_decay": log_decay}, mask=Mask(causal=True), backend=backend
+            )
+            return jnp.sum(out.astype(jnp.float32) * cotangent) + jnp.sum(jnp.sin(last))
+
+        return jax.jit(jax.grad(loss))(given["log_decay"])
+
+    expected = gradient("xla", {name: jnp.asarray(x, jnp.float32) for name, x in given.items()})
+    with use("hopper", INTERPRET):
+        made = gradient("pallas", given)
+    assert support.relative(made, expected) < 5e-3
