@@ -39,7 +39,7 @@ def gated_delta_rule(
     chunk / 3) + 3 R Dv) multiply-adds a head, memory linear in T. `log_decay` is at most 0.
     `initial_state` belongs to the segment of the first token, the one returned to that of the last:
     cutting a sequence in two and passing it on gives the whole. backend="pallas" is
-    `kernels.fused.gated_delta.delta`, a TPU's: see there.
+    `kernels.fused.gated_delta.delta`: see there.
 
     Raises:
         ValueError: the mask is not causal or does not fit.

@@ -18,7 +18,8 @@ chip's module has, on arrays of [B, T, heads, channels]:
         -> out [B,T,H,Dv], den [B,H,T], (S [B,H,R,Dv], z [B,H,R])
     backward(q, k, v, ways, *, dout, inv_den, r, state, dstate, projection, normalise, chunk,
         interpret) -> dq, dk [B,T,H,R or D], dv [B,T,H,Dv], q_dq, k_dk [B,H,T], (dS, dz), S
-        S: after the last token, of the rounded numbers that q_dq and k_dk are sums of
+        S: after the last token, of the rounded numbers that q_dq and k_dk are sums of; only decays,
+        where nothing is normalised, ask for it
         r: -<dout, out> / den; a module that finds it itself, of sums not rounded, leaves the one
         that is given, here and in read_backward
     sums(k, v, *, end [B,G,S] | None, fill [B,G,S] | None, projection, chunk, interpret)

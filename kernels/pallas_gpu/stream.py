@@ -98,7 +98,8 @@ def _operands(plan: Plan, r, at):
 
 
 def _read(plan: Plan, r, at, interpret):
-    send(plan, r, at, made_of(plan, r, at, r.z_s.at[at.slot, at.warpgroup], interpret))
+    z = r.z_s.at[at.slot, at.warpgroup] if plan.role.within else None
+    send(plan, r, at, made_of(plan, r, at, z, interpret))
 
 
 def send(plan: Plan, r, at, made: dict[str, jax.Array]):

@@ -188,7 +188,7 @@ def backward(
     q, k, v, ways, *,
     dout, inv_den, r, state, dstate, projection, normalise: bool, chunk: int, interpret=None,
 ):  # fmt: skip
-    """See `kernels.fused.linear`; q_dq, which is 0 where it is normalised, is None there."""
+    """See `kernels.fused.linear`; q_dq, which is 0 where it is normalised, and S are None there."""
     plan = plan_of((q, k, v), projection, chunk, ways)
     given = ways_in(plan, ways, inv_den if normalise else None) | weight_in(plan, projection, q)
     arrays = {"q": q, "k": k, "v": v, "dout": dout}
@@ -200,9 +200,8 @@ def backward(
     second = _key_grads(turned, arrays, given=given, dstate=dstate, **how)
     dq, dk, dv = (x.reshape(*q.shape[:2], plan.heads, -1) for x in
                   (first["dq"], second["dk"], second["dv"]))  # fmt: skip
-    q_dq = None if normalise else joined(first["q_dq"])
-    before, (last, _) = state_of(plan, second), state_of(plan, first)
-    return dq, dk, dv, q_dq, joined(second["k_dk"]), before, last
+    q_dq, last = (None, None) if normalise else (joined(first["q_dq"]), state_of(plan, first)[0])
+    return dq, dk, dv, q_dq, joined(second["k_dk"]), state_of(plan, second), last
 
 
 def _query_grads(plan: Plan, arrays, *, given, state, normalise: bool, interpret):
@@ -236,13 +235,15 @@ def _query_grads(plan: Plan, arrays, *, given, state, normalise: bool, interpret
             x = lanes_of(plan, at.q[rows(plan, n)], a)
             dq[u] = through(plan, at, x, phi, dphi, total)
         _put(plan, at.dq, gathered, dq)
-        finish(at, plan)
+        if not normalise:
+            finish(at, plan)
 
     q = arrays["q"]
-    outs = {"dq": wide(plan, q.dtype, q.shape[3]), "r" if normalise else "q_dq": rows_of(plan)}
+    outs = {"dq": wide(plan, q.dtype, q.shape[3])}
+    outs |= {"r": rows_of(plan)} if normalise else {"q_dq": rows_of(plan)} | state_out(plan)
     return call(
-        queries, plan, tokens(plan, **arrays) | given | state_in(plan, state),
-        outs | state_out(plan), scratch=state_scratch(plan), interpret=interpret,
+        queries, plan, tokens(plan, **arrays) | given | state_in(plan, state), outs,
+        scratch=state_scratch(plan), interpret=interpret,
     )  # fmt: skip
 
 

@@ -1,9 +1,11 @@
 """What the tests of the two recurrent ops share: outputs and last state as one array."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kernels import Mask
+from kernels.target import use
 from tests import support
 from tests.kernels.compare import arrays, both, mask_of
 
@@ -42,6 +44,32 @@ def decays(shape, *, seed=1, depth=20.0):
     """Logarithms of decays, most near 0, some down to -`depth`."""
     random = np.random.default_rng(seed)
     return (-depth * random.uniform(size=shape) ** 6).astype(np.float32)
+
+
+def off_of_decays(op, given, chip, interpret) -> float:
+    """How far a chip's gradient of mild decays is off in bfloat16, beside XLA's in float32.
+
+    It is a sum of differences over all tokens, whose errors would add up.
+    """
+    given = given | {"log_decay": given["log_decay"] / 50}
+    cotangent = support.draw(given["v"].shape, seed=9)
+
+    def gradient(backend, dtype):
+        like = {"q": dtype, "k": dtype, "v": dtype}
+        rest = {n: jnp.asarray(x, like.get(n, jnp.float32)) for n, x in given.items()}
+
+        def loss(log_decay):
+            mine = rest | {"log_decay": log_decay}
+            out, last = op(**mine, mask=Mask(causal=True), backend=backend)
+            return jnp.sum(out.astype(jnp.float32) * cotangent) + jnp.sum(jnp.sin(last))
+
+        return jax.jit(jax.grad(loss))(rest["log_decay"])
+
+    rounded = {n: jnp.asarray(x, jnp.bfloat16) if n in "qkv" else x for n, x in given.items()}
+    given |= rounded
+    expected = gradient("xla", jnp.float32)
+    with use(chip, interpret):
+        return support.relative(gradient("pallas", jnp.bfloat16), expected)
 
 
 def halves_give_the_whole(op, given, length, cut, **options):

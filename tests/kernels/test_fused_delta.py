@@ -13,7 +13,7 @@ from kernels import reference
 from tests import support
 from tests.kernels import on_tpu
 from tests.kernels.compare import agree, both
-from tests.kernels.recurrent import causal_mask, decays, joined, tokens
+from tests.kernels.recurrent import causal_mask, decays, joined, off_of_decays, tokens
 from tests.kernels.simulated import pallas
 
 pytestmark = pallas
@@ -56,6 +56,11 @@ def test_output_state_and_gradients_are_the_recurrences(length, mask, how):
 @slow
 def test_bfloat16_is_a_rounding_away():
     agree(result(problem(150), "all", dtype=jnp.bfloat16), forward=5e-3, backward=1e-2)
+
+
+def test_the_gradient_of_decays_is_as_good_after_many_tokens():
+    given = problem(3000, batch=1, heads=1, key=64, value=64)
+    assert off_of_decays(op, given, "tpu", True) < 5e-3
 
 
 def test_beside_bfloat16_a_system_is_solved_to_sixteen_bits():

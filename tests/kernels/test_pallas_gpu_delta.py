@@ -1,19 +1,18 @@
 """The gated delta rule's kernels on Hopper, in the interpreter that looks for races."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import Mask, reference
 from kernels import gated_delta_rule as op
 from kernels import gated_linear_attention as fading
+from kernels import reference
 from kernels.pallas_gpu.inverse import inverses
 from kernels.target import use
 from tests import support
 from tests.kernels.compare import agree, both
 from tests.kernels.hopper import INTERPRET, no_races  # noqa: F401
-from tests.kernels.recurrent import causal_mask, decays, joined, tokens
+from tests.kernels.recurrent import causal_mask, decays, joined, off_of_decays, tokens
 
 slow = pytest.mark.slow
 
@@ -84,24 +83,7 @@ def test_the_inverse_of_a_token_repeated_has_sixteen_bits(top, off):
 @slow
 @pytest.mark.parametrize("op", [op, fading])
 def test_the_gradient_of_decays_is_as_good_after_many_tokens(op):
-    """It is a sum of differences over all tokens, whose errors would add up."""
     given = problem(768, heads=1)
-    given["log_decay"] = given["log_decay"] / 50
     if op is fading:
         del given["beta"]
-    shape = given["v"].shape
-    cotangent = support.draw(shape, seed=9)
-
-    def gradient(backend, given):
-        def loss(log_decay):
-            out, last = op(
-                **given | {"log_decay": log_decay}, mask=Mask(causal=True), backend=backend
-            )
-            return jnp.sum(out.astype(jnp.float32) * cotangent) + jnp.sum(jnp.sin(last))
-
-        return jax.jit(jax.grad(loss))(given["log_decay"])
-
-    expected = gradient("xla", {name: jnp.asarray(x, jnp.float32) for name, x in given.items()})
-    with use("hopper", INTERPRET):
-        made = gradient("pallas", given)
-    assert support.relative(made, expected) < 5e-3
+    assert off_of_decays(op, given, "hopper", INTERPRET) < 5e-3

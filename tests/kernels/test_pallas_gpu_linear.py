@@ -51,12 +51,20 @@ def test_two_sided(dim):
     check_two_sided(dim)
 
 
-@slow
-@pytest.mark.parametrize("mask", ["none", "all"])
-@pytest.mark.parametrize("length", [7, 100])
-def test_odd_lengths(length, mask):
+@pytest.mark.parametrize(
+    ("length", "mask", "key", "value"),
+    [
+        (40, "causal", 32, 96),
+        *(
+            pytest.param(length, mask, 64, 64, marks=slow)
+            for length in (7, 100)
+            for mask in ("none", "all")
+        ),
+    ],
+)
+def test_odd_lengths_and_widths(length, mask, key, value):
     """Through the frontend, which fills chunks up: features given, with log scales."""
-    shapes = {"q": (1, length, 2, 64), "k": (1, length, 1, 64), "v": (1, length, 2, 64)}
+    shapes = {"q": (1, length, 2, key), "k": (1, length, 1, key), "v": (1, length, 2, value)}
     given = arrays(**shapes, log_scale=(1, length, 1))
     given |= {name: np.abs(given[name]) + 0.1 for name in ("q", "k")}
     mask = {
@@ -83,12 +91,12 @@ def test_odd_lengths(length, mask):
     [
         ("float32", (64, 64), None, "bfloat16"),
         ("float16", (64, 64), None, "bfloat16"),
-        ("bfloat16", (32, 32), None, "32 channels"),
-        ("bfloat16", (128, 64), None, "64 channels"),
+        ("bfloat16", (192, 64), None, "192 and 64 channels"),
+        ("bfloat16", (64, 256), None, "64 and 256 channels"),
         ("bfloat16", (64, 64), 64, "64 features"),
         ("bfloat16", (64, 64), 1024, "1024 features"),
-        ("bfloat16", (32, 64), 128, "q 32"),
-        ("bfloat16", (256, 256), 128, "256 channels"),
+        ("bfloat16", (32, 64), 128, "32 and 64 channels"),
+        ("bfloat16", (256, 256), 128, "256 and 256 channels"),
     ],
 )
 def test_refuses(dtype, dims, rank, word):
@@ -98,7 +106,7 @@ def test_refuses(dtype, dims, rank, word):
 
 
 @pytest.mark.parametrize(
-    "dim, rank", [(64, None), (128, None), (32, 128), (64, 256), (128, 256), (64, 512)]
+    "dim, rank", [(24, None), (64, None), (128, None), (32, 128), (64, 256), (128, 256), (64, 512)]
 )
 def test_takes(dim, rank):
     x = jax.ShapeDtypeStruct((1, 64, 2, dim), jnp.bfloat16)
