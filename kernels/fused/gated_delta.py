@@ -3,7 +3,7 @@
     S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T,    out_t = S_t^T q_t
 
 Here lengths are filled up to whole chunks and gradients are put together (`custom_vjp`). A chip's
-module (`kernels.pallas_tpu.gated_delta`) has, on arrays [B, T, H, channels] and `Ways`,
+module (of `MODULES`) has, on arrays [B, T, H, channels] and `Ways`,
 
     refuse(q, k, v) -> a sentence or None     of arrays or their shapes
     CHUNK                 tokens of a chunk
@@ -104,10 +104,7 @@ def refuse_delta(q, k, v, beta, log_decay, *, mask: Mask, chunk: int, state) -> 
     """Why no kernel takes this call of `delta`, and what to do; None where one does."""
     if reason := refuse_kernels():
         return reason
-    chip = target().chip
-    if chip not in MODULES:
-        return f"the kernels of the delta rule are for TPUs, not for {chip}: use backend='xla'"
-    return module_of(chip).refuse(q, k, v)
+    return module_of(target().chip).refuse(q, k, v)
 
 
 def _forward(how: How, tokens: Tokens, state):

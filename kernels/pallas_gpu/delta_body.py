@@ -66,10 +66,10 @@ def _solve(plan: Plan, r, at):
 
 def _forward(plan: Plan, r, at, interpret):
     z = r.z_s.at[at.slot, at.warpgroup]
-    made = {"out": plgpu.load(z, layout=LAYOUT)}
     if plan.role.within:
-        made = made_of(plan, r, at, z, interpret)
-    send(plan, r, at, made)
+        send(plan, r, at, made_of(plan, r, at, z, interpret))
+    else:
+        send(plan, r, at, {"out": plgpu.load(z, layout=LAYOUT)})
 
 
 def _backward(plan: Plan, r, at, interpret):

@@ -28,10 +28,7 @@ class Fit(NamedTuple):
 
     def values(self, x: jax.Array) -> jax.Array:
         """[B, T, H, Dv] as [B, T, H parts, width]."""
-        return self.apart(filled(x, 3, self.parts * self.width))
-
-    def apart(self, x: jax.Array) -> jax.Array:
-        """[B, T, H, parts width] as [B, T, H parts, width]."""
+        x = filled(x, 3, self.parts * self.width)
         return rearrange(x, "b t h (p d) -> b t (h p) d", p=self.parts)
 
     def numbers(self, x: jax.Array) -> jax.Array:

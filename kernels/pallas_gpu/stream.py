@@ -59,9 +59,10 @@ def stream(
     """Runs the kernel; see the module's formula.
 
     x, y: bfloat16 [B, T, G, D]; z, own: [B, T, G, E], each with its own number of heads, which
-    divides `heads`; None what the role does not need. vectors: float32 [B, H, T] by name (`keep`:
-    [B, H, N]); one that is missing is 1 (`shift`: 0; `row` and `column`: 0, both). fill: [B, H, T];
-    None is 1. segments: int32 [B, T]. state: (S [B, H, D, E], n) before the first chunk, else 0.
+    divides `heads`, D and E up to 128; None what the role does not need. vectors: float32 [B, H, T]
+    by name (`keep`: [B, H, N]); one that is missing is 1 (`shift`: 0; `row` and `column`: 0, both).
+    fill: [B, H, T]; None is 1. segments: int32 [B, T]. state: (S [B, H, D, E], n) before the first
+    chunk, else 0; n is None where there is none.
 
     Returns: out [B, T, H, E]; den and own [B, H, T]; S and n; None what the role does not make.
     """
@@ -130,14 +131,14 @@ def made_of(plan: Plan, r, at, z, interpret) -> dict[str, jax.Array]:
     past = [(x, r.S_s.at[at.warpgroup])]
     if role.precise:
         past.append((x, r.low_s.at[at.warpgroup]))
-    own = 0.0
+    rest = None
     if read is None:
         out = matmul((CHUNK, WIDTH), *past, *inner)
     else:
         out = matmul((CHUNK, WIDTH), *past)
         if role.precise:
             entered = _own(r, at) * by_row(read, WIDTH)
-            own = (out * (rounded(entered, interpret) - entered)).sum(axis=1)
+            rest = (out * (rounded(entered, interpret) - entered)).sum(axis=1)
         out *= by_row(read, WIDTH)
         out = add_matmul(out, *inner, interpret=interpret) if inner else out
     if role.lift:
@@ -149,7 +150,8 @@ def made_of(plan: Plan, r, at, z, interpret) -> dict[str, jax.Array]:
         out *= by_row(jnp.where(dead, 0.0, 1 / jnp.where(dead, 1.0, den)), WIDTH)
         made["den"] = den
     if role.own:
-        made["sum"] = own + (out * _own(r, at)).sum(axis=1)
+        sums = (out * _own(r, at)).sum(axis=1)
+        made["sum"] = sums if rest is None else sums + rest
     return made | {"out": out}
 
 
