@@ -62,10 +62,8 @@ class Fit(NamedTuple):
         return S[:, :, : self.rank, : self.dim]
 
 
-def fit(rank: int, dim: int) -> Fit | None:
-    """How heads of that many channels are taken; None: they are not."""
-    if rank > WIDTHS[-1]:
-        return None
+def fit(rank: int, dim: int) -> Fit:
+    """How heads with keys of `rank` channels, at most the last of `WIDTHS`, are taken."""
     width = whole(rank)
     return Fit(rank, dim, width, -(-dim // width))
 

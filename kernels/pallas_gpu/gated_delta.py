@@ -39,7 +39,7 @@ def refuse(q, k, v) -> str | None:
             f"v is {jnp.dtype(v.dtype).name} and the Hopper kernels take bfloat16: cast q, k and "
             "v, or use backend='xla'"
         )
-    if fit(k.shape[3], v.shape[3]) is None:
+    if k.shape[3] > WIDTHS[-1]:
         return (
             f"keys have {k.shape[3]} channels a head, the Hopper kernels take {WIDTHS[-1]}: use "
             "backend='xla'"
@@ -49,7 +49,7 @@ def refuse(q, k, v) -> str | None:
 
 def forward(q, k, v, ways: Ways, beta, *, state, interpret=None):
     """See `kernels.fused.gated_delta`."""
-    to = _fit(k, v)
+    to = fit(k.shape[3], v.shape[3])
     q, k, v, state = to.keys(q), to.keys(k), to.values(v), to.state(state)
     of = _Of(to, ways, beta, _inverse(k, ways, beta, interpret), interpret)
     made = _sweep(FORWARD, Role(), {"x": q, "y": k, "z": v}, of, state)
@@ -58,7 +58,7 @@ def forward(q, k, v, ways: Ways, beta, *, state, interpret=None):
 
 def backward(q, k, v, ways: Ways, beta, *, dout, state, dstate, interpret=None):
     """See `kernels.fused.gated_delta`."""
-    to = _fit(k, v)
+    to = fit(k.shape[3], v.shape[3])
     beta = jnp.where(beta == 0, LEAST_BETA, beta)
     q, k, v, dout = to.keys(q), to.keys(k), to.values(v), to.values(dout)
     of = _Of(to, ways, beta, _inverse(k, ways, beta, interpret), interpret)
@@ -109,12 +109,6 @@ class _Of(NamedTuple):
         past = self.past()
         turned = {"row": "column", "column": "row", "read": "enter", "enter": "read"}
         return past | {name: past[other] for name, other in turned.items()}
-
-
-def _fit(k, v) -> Fit:
-    to = fit(k.shape[3], v.shape[3])
-    assert to is not None, "refused"
-    return to
 
 
 def _inverse(k, ways: Ways, beta, interpret):

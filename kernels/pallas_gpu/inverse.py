@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.pallas_gpu.launch import launch
+from kernels.pallas_gpu.pipeline import PARAMS
 from kernels.pallas_gpu.plan import CHUNK
 from kernels.pallas_gpu.wgmma import (
     COLUMNS,
@@ -30,7 +31,6 @@ from kernels.pallas_gpu.wgmma import (
 )
 
 MATRIX = CHUNK, CHUNK
-PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 
 
 def inverses(

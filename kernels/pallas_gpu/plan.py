@@ -162,7 +162,7 @@ class Plan:
             own["out"] = ((CHUNK, WIDTH), bfloat16)
         if role.precise:
             own["low"] = (self.shape, bfloat16)
-        if "enter" in self.names and self.sums:
+        if "enter" in self.names and self.entered is not None:
             own["enter"] = ((CHUNK, WIDTH), bfloat16)
         if self.sums and role.out:
             own["n"] = ((self.depth if role.divide else WIDTH,), f32)

@@ -8,18 +8,13 @@ import pytest
 from kernels import Mask
 from kernels.target import use
 from tests import support
-from tests.kernels.recurrent import joined
+from tests.kernels import recurrent
 from tests.kernels.simulated import SIMULATOR
 
 
 def fused(op, interpret=True):
     """`op` by its kernels, outputs and state in one array."""
-
-    def call(*args, **options):
-        with use("tpu", interpret):
-            return joined(op)(*args, backend="pallas", **options)
-
-    return call
+    return recurrent.fused(op, "tpu", interpret)
 
 
 def loss(op, interpret=True):

@@ -23,6 +23,16 @@ def joined(function):
     return call
 
 
+def fused(op, chip, interpret):
+    """`joined` of `op` by a chip's kernels."""
+
+    def call(*args, **options):
+        with use(chip, interpret):
+            return joined(op)(*args, backend="pallas", **options)
+
+    return call
+
+
 def compared(op, reference, given, mask, *, chunk=16, **options):
     return both(joined(op), joined(reference), given, mask, op_options={"chunk": chunk}, **options)
 
@@ -46,6 +56,15 @@ def decays(shape, *, seed=1, depth=20.0):
     return (-depth * random.uniform(size=shape) ** 6).astype(np.float32)
 
 
+def delta_problem(length, *, heads=2, key=32, value=32, top=2.0, **options):
+    """Of the gated delta rule: keys of length 1; beta in (0, top); decays from 1 to e^-20."""
+    given = tokens(length, heads=heads, groups=heads, key=key, value=value, **options)
+    given["k"] /= np.linalg.norm(given["k"], axis=-1, keepdims=True)
+    shape = given["v"].shape[:3]
+    beta = np.random.default_rng(3).uniform(0, top, shape).astype(np.float32)
+    return given | {"beta": beta, "log_decay": decays(shape)}
+
+
 def off_of_decays(op, given, chip, interpret) -> float:
     """How far a chip's gradient of mild decays is off in bfloat16, beside XLA's in float32.
 
@@ -54,9 +73,11 @@ def off_of_decays(op, given, chip, interpret) -> float:
     given = given | {"log_decay": given["log_decay"] / 50}
     cotangent = support.draw(given["v"].shape, seed=9)
 
+    rounded = {n: jnp.asarray(x, jnp.bfloat16) for n, x in given.items() if n in "qkv"}
+
     def gradient(backend, dtype):
-        like = {"q": dtype, "k": dtype, "v": dtype}
-        rest = {n: jnp.asarray(x, like.get(n, jnp.float32)) for n, x in given.items()}
+        rest = jax.tree.map(jnp.asarray, given)
+        rest |= {n: x.astype(dtype) for n, x in rounded.items()}
 
         def loss(log_decay):
             mine = rest | {"log_decay": log_decay}
@@ -65,8 +86,6 @@ def off_of_decays(op, given, chip, interpret) -> float:
 
         return jax.jit(jax.grad(loss))(rest["log_decay"])
 
-    rounded = {n: jnp.asarray(x, jnp.bfloat16) if n in "qkv" else x for n, x in given.items()}
-    given |= rounded
     expected = gradient("xla", jnp.float32)
     with use(chip, interpret):
         return support.relative(gradient("pallas", jnp.bfloat16), expected)

@@ -13,21 +13,13 @@ from kernels import reference
 from tests import support
 from tests.kernels import on_tpu
 from tests.kernels.compare import agree, both
-from tests.kernels.recurrent import causal_mask, decays, joined, off_of_decays, tokens
+from tests.kernels.recurrent import causal_mask, joined, off_of_decays
+from tests.kernels.recurrent import delta_problem as problem
 from tests.kernels.simulated import pallas
 
 pytestmark = pallas
 slow = pytest.mark.slow
 LENGTHS = (1, 7, 63, 100, 257)
-
-
-def problem(length, *, heads=2, key=32, value=32, top=2.0, **options):
-    """Keys of length 1; beta in (0, top); decays from 1 to e^-20."""
-    given = tokens(length, heads=heads, groups=heads, key=key, value=value, **options)
-    given["k"] /= np.linalg.norm(given["k"], axis=-1, keepdims=True)
-    shape = given["v"].shape[:3]
-    beta = np.random.default_rng(3).uniform(0, top, shape).astype(np.float32)
-    return given | {"beta": beta, "log_decay": decays(shape)}
 
 
 def result(given, mask, **options):

@@ -8,33 +8,19 @@ from kernels import gated_delta_rule as op
 from kernels import gated_linear_attention as fading
 from kernels import reference
 from kernels.pallas_gpu.inverse import inverses
-from kernels.target import use
 from tests import support
 from tests.kernels.compare import agree, both
 from tests.kernels.hopper import INTERPRET, no_races  # noqa: F401
-from tests.kernels.recurrent import causal_mask, decays, joined, off_of_decays, tokens
+from tests.kernels.recurrent import causal_mask, delta_problem, fused, joined, off_of_decays
 
 slow = pytest.mark.slow
 
 
 def problem(length, *, heads=2, key=64, value=64):
-    """Keys of length 1; beta in (0, 2), and 0 now and then; decays from 1 to e^-20."""
-    given = tokens(length, heads=heads, groups=heads, key=key, value=value, batch=1)
-    given["k"] /= np.linalg.norm(given["k"], axis=-1, keepdims=True)
-    beta = np.random.default_rng(3).uniform(0, 2, (1, length, heads)).astype(np.float32)
-    beta[:, ::9] = 0.0
-    given = {name: jnp.asarray(x, jnp.bfloat16) for name, x in given.items() if name in "qkv"} | {
-        "initial_state": given["initial_state"]
-    }
-    return given | {"beta": beta, "log_decay": decays(beta.shape)}
-
-
-def fused(op):
-    def call(*args, **options):
-        with use("hopper", INTERPRET):
-            return joined(op)(*args, backend="pallas", **options)
-
-    return call
+    """In bfloat16, and with a beta of 0 now and then."""
+    given = delta_problem(length, heads=heads, key=key, value=value, batch=1)
+    given["beta"][:, ::9] = 0.0
+    return given | {name: jnp.asarray(given[name], jnp.bfloat16) for name in "qkv"}
 
 
 @pytest.mark.parametrize(
@@ -58,7 +44,12 @@ def test_output_state_and_gradients_are_the_recurrences(length, mask, how):
         name: x[:1] if isinstance(x, np.ndarray) else x
         for name, x in causal_mask(mask, length).items()
     }
-    made = both(fused(op), joined(reference.gated_delta_rule), problem(length, **how), mask)
+    made = both(
+        fused(op, "hopper", INTERPRET),
+        joined(reference.gated_delta_rule),
+        problem(length, **how),
+        mask,
+    )
     agree(made, forward=5e-3, backward=1e-2)
 
 
