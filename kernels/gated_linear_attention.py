@@ -43,7 +43,7 @@ def gated_linear_attention(
     float32 goes. G groups of queries and keys serve H heads, G dividing H; a decay per channel
     repeats them. `initial_state` belongs to the segment of the first token, the one returned to
     that of the last: cutting a sequence in two and passing it on gives the whole. backend="pallas"
-    is `kernels.fused.linear.gated`, or `kernels.fused.gated_linear.by_channel`, a TPU's: see there.
+    is `kernels.fused.linear.gated` or `kernels.fused.gated_linear.by_channel`: see there.
 
     Raises:
         ValueError: the mask is not causal or does not fit, or G does not divide H.

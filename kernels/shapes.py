@@ -248,7 +248,9 @@ SHIPPED = (
     *_cases("linear_attention", (1, 8192, 4, 128), (1, 8192, 4, 64)),
     *_cases("linear_attention", (1, 8192, 4, 128), causal=True, segments=4),
     *_cases("gated_linear_attention", (1, 8192, 4, 128), (1, 8192, 4, 64), causal=True),
-    *_cases("gated_linear_attention", (1, 8192, 4, 128), causal=True, channels=True),
+    *_cases(
+        "gated_linear_attention", (1, 8192, 4, 128), (1, 8192, 4, 64), causal=True, channels=True
+    ),
     *_cases("gated_delta_rule", (1, 8192, 4, 128), (1, 8192, 4, 64), causal=True),
     *_cases("favor_attention", (1, 8192, 4, 64), (1, 8192, 4, 128), causal=True, rank=256),
     *_cases("favor_attention", (1, 8192, 4, 64), (1, 8192, 4, 128), rank=256),
@@ -268,6 +270,7 @@ MEASURED = (
     *_cases("window_attention", (1, 16384, 8, 64), (1, 16384, 16, 128), window=512, causal=True),
     *_cases("window_attention", (4, 4096, 16, 128), (1, 65536, 8, 64), window=512, causal=True),
     *_cases("gated_linear_attention", *PUBLISHED, causal=True),
+    *_cases("gated_linear_attention", *PUBLISHED, causal=True, channels=True),
     *_cases("gated_delta_rule", *PUBLISHED, causal=True),
     *_cases("favor_attention", *LRA, rank=256),
     *_cases("linear_attention", *LRA),

@@ -67,6 +67,8 @@ def _tokamax(case: Case) -> Callable[..., Any]:
 
 def _jla(case: Case) -> Callable[..., Any]:
     """jax-linear-attention; without a normaliser, which it does not have."""
+    if case.channels:
+        raise NotImplementedError("has a decay per head")
     attend = package("jla.ops").linear_attention
     return lambda q, k, v, log_decay: attend("simple_gla", q, k, v, g=log_decay)
 
@@ -77,6 +79,9 @@ def _fla(case: Case) -> Callable[..., Any]:
         raise NotImplementedError("is causal only")
     if not package("torch").cuda.is_available():
         raise NotImplementedError("fla's kernels need a GPU that torch sees")
+    if case.channels:
+        by_channel = package("fla.ops.gla").chunk_gla
+        return lambda q, k, v, g: by_channel(q, k, v, g, scale=1.0)[0]
     if case.op == DECAYING:
         gated = package("fla.ops.simple_gla").chunk_simple_gla
         return lambda q, k, v, g: gated(q, k, v, g=g, scale=1.0)[0]

@@ -3,7 +3,7 @@
     S_t = diag(a_t) S_{t-1} + k_t v_t^T,    out_t = S_t^T q_t,    a_t = exp(log_decay_t)
 
 Here lengths are filled up to whole chunks and gradients are put together (`custom_vjp`). A chip's
-module (`kernels.pallas_tpu.gated_linear`) has, on arrays [B, T, heads, channels], q and k of G
+module (of `MODULES`) has, on arrays [B, T, heads, channels], q and k of G
 heads and the rest of H,
 
     refuse(q, k, v) -> a sentence or None     of arrays or their shapes
@@ -34,7 +34,7 @@ from kernels.fused.passes import grouped
 from kernels.mask import Mask
 from kernels.target import refuse_kernels, target
 
-MODULES = {"tpu": "kernels.pallas_tpu.gated_linear"}
+MODULES = {"tpu": "kernels.pallas_tpu.gated_linear", "hopper": "kernels.pallas_gpu.gated_linear"}
 
 
 class How(NamedTuple):
@@ -97,10 +97,7 @@ def refuse_by_channel(q, k, v, log_decay, *, mask: Mask, chunk: int, state) -> s
     """Why no kernel takes this call of `by_channel`, and what to do; None where one does."""
     if reason := refuse_kernels():
         return reason
-    chip = target().chip
-    if chip not in MODULES:
-        return f"the kernels of a decay per channel are for TPUs, not for {chip}: use backend='xla'"
-    return module_of(chip).refuse(q, k, v)
+    return module_of(target().chip).refuse(q, k, v)
 
 
 def _forward(how: How, tokens: Tokens, state):

@@ -21,7 +21,7 @@ from kernels.pallas_gpu.favor_body import WORK
 from kernels.pallas_gpu.favor_plan import RANK, Plan
 from kernels.pallas_gpu.fit import filled
 from kernels.pallas_gpu.pipeline import run
-from kernels.pallas_gpu.plan import MEMORY, WIDTH, Role
+from kernels.pallas_gpu.plan import MEMORY, WIDTH, Role, in_parts
 
 NAMES = "out", "den", "own", "S", "n"
 
@@ -138,8 +138,7 @@ def _together(role: Role, made: SimpleNamespace, parts: int) -> SimpleNamespace:
 
 def _in_blocks(call: _Call, weight, half: float, interpret, *, add: bool) -> SimpleNamespace:
     """The kernel for as many features as there are; in float32 if some, or if `add`, add up."""
-    high = weight.astype(jnp.bfloat16)
-    both = jnp.stack([high, (weight - high.astype(jnp.float32)).astype(jnp.bfloat16)])
+    both = in_parts(weight)
     blocks = [slice(at, at + RANK) for at in range(0, weight.shape[0], RANK)]
     role = dataclasses.replace(call.role, raw=call.role.out and (add or len(blocks) > 1))
     made = []

@@ -52,6 +52,7 @@ class Work(NamedTuple):
     operands(plan, r, at) -> a, b, c of the update, in shared memory. begin(plan, r, at): before
     either. fetch(plan, r): what the feeding warpgroup copies before all chunks; `ready` says when
     it has come. more(plan, r, at) -> a, b of a further product, which S gets as it is.
+    fade(plan, r, at, S) -> what is left of S over the chunk, in place of `keep` S.
 
     at: the chunk's number among those that come, its slot in the ring and tile in the slot, and the
     warpgroup, which is `index` where the compiler may know it.
@@ -63,6 +64,7 @@ class Work(NamedTuple):
     begin: Callable | None = None
     fetch: Callable | None = None
     more: Callable | None = None
+    fade: Callable | None = None
 
 
 def run(
@@ -132,6 +134,8 @@ def _compute(work: Work, plan: Plan, r, index: int, interpret):
         at.tile = me if plan.tiles > 1 else 0
         if work.begin is not None:
             work.begin(plan, r, at)
+        if work.fade is not None:
+            S = work.fade(plan, r, at, S)
         if role.out:
             work.read(plan, r, at, interpret)
         if role.update:

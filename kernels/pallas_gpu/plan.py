@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.pallas_gpu.wgmma import shared
@@ -231,7 +232,15 @@ def halves(fill: jax.Array | None, plan: Plan) -> jax.Array:
         fill = jnp.ones((1, 1, 1, CHUNK), jnp.float32)
     else:
         fill = fill.reshape(plan.batch, plan.heads, plan.chunks, CHUNK)
-    high = fill.astype(jnp.bfloat16)
-    low = (fill - high.astype(jnp.float32)).astype(jnp.bfloat16)
     none = jnp.zeros((*fill.shape[:3], FILL - 2, CHUNK), jnp.bfloat16)
-    return jnp.concatenate([high[..., None, :], low[..., None, :], none], axis=3)
+    return jnp.concatenate([jnp.moveaxis(in_parts(fill), 0, 3), none], axis=3)
+
+
+def in_parts(x: jax.Array) -> jax.Array:
+    """float32 x as bfloat16 [2, ...], to 16 bits: x rounded, and what is left.
+
+    Outside of kernels: XLA for a GPU takes float32 -> bfloat16 -> float32 for nothing, and what is
+    left would be 0, unless rounding is said.
+    """
+    high = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return jnp.stack([high, x - high]).astype(jnp.bfloat16)

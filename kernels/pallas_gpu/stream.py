@@ -104,8 +104,8 @@ def _read(plan: Plan, r, at, interpret):
 
 
 def send(plan: Plan, r, at, made: dict[str, jax.Array]):
-    """Sends off what was made of a chunk, out in bfloat16."""
-    made["out"] = made["out"].astype(jnp.bfloat16)
+    """Sends off what was made of a chunk."""
+    made["out"] = made["out"].astype(r.out_s.dtype)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was last made has left
     for name, a in made.items():
         getattr(r, f"{name}_s").at[at.warpgroup][...] = a

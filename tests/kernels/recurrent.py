@@ -65,6 +65,18 @@ def delta_problem(length, *, heads=2, key=32, value=32, top=2.0, **options):
     return given | {"beta": beta, "log_decay": decays(shape)}
 
 
+def channel_problem(length, *, batch=4, heads=2, groups=None, key=32, value=32):
+    """Of a decay per channel: log decays from -1e-3 to -10, and now and then -1e7 and -inf."""
+    like = (batch, length, groups or heads, key)
+    given = arrays(0, q=like, k=like, v=(batch, length, heads, value))
+    given["q"] /= key**0.5
+    given["k"] /= np.linalg.norm(given["k"], axis=-1, keepdims=True)
+    decay = -(10.0 ** np.random.default_rng(1).uniform(-3, 1, (batch, length, heads, key)))
+    decay[:, 11::29], decay[:, 13::31, :, ::3] = -1e7, -np.inf
+    given["log_decay"] = decay.astype(np.float32)
+    return given | arrays(3, initial_state=(batch, heads, key, value))
+
+
 def off_of_decays(op, given, chip, interpret) -> float:
     """How far a chip's gradient of mild decays is off in bfloat16, beside XLA's in float32.
 

@@ -10,25 +10,13 @@ import pytest
 from kernels import gated_linear_attention as op
 from kernels import reference
 from tests.kernels import on_tpu
-from tests.kernels.compare import agree, arrays, both
-from tests.kernels.recurrent import causal_mask, joined
+from tests.kernels.compare import agree, both
+from tests.kernels.recurrent import causal_mask, channel_problem, joined
 from tests.kernels.simulated import pallas
 
 pytestmark = pallas
 slow = pytest.mark.slow
 LENGTHS = (1, 7, 63, 100, 257)
-
-
-def problem(length, *, batch=4, heads=2, groups=None, key=32, value=32):
-    """Log decays from -1e-3 to -10, and now and then -1e7 and -inf."""
-    like = (batch, length, groups or heads, key)
-    given = arrays(0, q=like, k=like, v=(batch, length, heads, value))
-    given["q"] /= key**0.5
-    given["k"] /= np.linalg.norm(given["k"], axis=-1, keepdims=True)
-    decay = -(10.0 ** np.random.default_rng(1).uniform(-3, 1, (batch, length, heads, key)))
-    decay[:, 11::29], decay[:, 13::31, :, ::3] = -1e7, -np.inf
-    given["log_decay"] = decay.astype(np.float32)
-    return given | arrays(3, initial_state=(batch, heads, key, value))
 
 
 def result(given, mask, **options):
@@ -54,18 +42,18 @@ def result(given, mask, **options):
 )
 def test_output_state_and_gradients_are_the_recurrences(length, mask, how):
     """With grouped heads, padding, segments and states, of which some fade at once."""
-    agree(result(problem(length, **how), mask), forward=1e-5, backward=2e-5)
+    agree(result(channel_problem(length, **how), mask), forward=1e-5, backward=2e-5)
 
 
 @slow
 def test_bfloat16_is_a_rounding_away():
-    agree(result(problem(150), "all", dtype=jnp.bfloat16), forward=5e-3, backward=1e-2)
+    agree(result(channel_problem(150), "all", dtype=jnp.bfloat16), forward=5e-3, backward=1e-2)
 
 
 @slow
 @pytest.mark.parametrize("cut", [-1e7, -np.inf])
 def test_one_token_that_forgets_everything_leaves_the_others_precise(cut):
-    given = problem(40, batch=1)
+    given = channel_problem(40, batch=1)
     given["log_decay"] = np.full_like(given["log_decay"], -0.1)
     given["log_decay"][:, 20] = cut
     made = result(given, "none")
@@ -75,25 +63,28 @@ def test_one_token_that_forgets_everything_leaves_the_others_precise(cut):
 
 @slow
 def test_the_simulator_of_tpu_finds_no_race_and_nothing_unwritten():
-    on_tpu.no_race_and_nothing_unwritten(op, problem(140, batch=1))
+    on_tpu.no_race_and_nothing_unwritten(op, channel_problem(140, batch=1))
 
 
 @slow
 def test_vmap_and_checkpoint():
-    on_tpu.vmap_and_checkpoint(op, problem(20))
+    on_tpu.vmap_and_checkpoint(op, channel_problem(20))
 
 
 def test_export_for_tpu():
-    assert on_tpu.exported_kernels(op, problem(300, batch=2, heads=4, key=64, value=64)) == 3
+    assert (
+        on_tpu.exported_kernels(op, channel_problem(300, batch=2, heads=4, key=64, value=64)) == 3
+    )
 
 
 @pytest.mark.parametrize(
     ("reason", "chip", "dtype", "key"),
     [
-        ("for TPUs, not for hopper", "hopper", jnp.float32, 32),
+        ("v is float32 and the Hopper kernels take bfloat16", "hopper", jnp.float32, 32),
+        ("256 and 32 channels a head; where each fades", "hopper", jnp.bfloat16, 256),
         ("float16", "tpu", jnp.float16, 32),
         ("blocks of 128 to 256 lanes", "tpu", jnp.float32, 384),
     ],
 )
 def test_what_no_kernel_takes_is_refused_with_a_reason(reason, chip, dtype, key):
-    on_tpu.refused(op, problem(9, batch=1, key=key), chip=chip, dtype=dtype, reason=reason)
+    on_tpu.refused(op, channel_problem(9, batch=1, key=key), chip=chip, dtype=dtype, reason=reason)

@@ -35,6 +35,11 @@ def gated(q, k, v):
     return kernels.gated_linear_attention(q, k, v, decay, backend="pallas")[0]
 
 
+def channels(q, k, v):
+    decay = -jax.nn.softplus(q.astype(jnp.float32))
+    return kernels.gated_linear_attention(q, k, v, decay, backend="pallas")[0]
+
+
 def delta(q, k, v):
     beta, k = jax.nn.sigmoid(q[..., 0].astype(jnp.float32)), k / 8
     return kernels.gated_delta_rule(q, k, v, beta, backend="pallas")[0]
@@ -62,7 +67,8 @@ def softmax(q, k, v):
     return kernels.softmax_attention(q, k, v, mask=CAUSAL, backend="pallas")
 
 
-OPS = [linear, linear_both_ways, gated, delta, favor, favor_both_ways, linformer, window, softmax]
+OPS = [linear, linear_both_ways, gated, channels, delta]
+OPS += [favor, favor_both_ways, linformer, window, softmax]
 
 
 def given(*shape: int):
@@ -99,6 +105,7 @@ def mesh_of(batch: int, heads: int):
     ("op", "launches"),
     [
         (linear, 5),  # out and, once more for the gradient, dq, dk and dv
+        (channels, 9),  # weights and out, twice, weights, four passes of the gradient
         (delta, 9),  # inverses of out and of the gradient, two passes there and four sums
         (favor, 9),  # and twice the scales of q and k
         (linformer, 4),  # out, twice, dq and dkv
