@@ -8,9 +8,10 @@ compiles or times a case needs to know no more of it. What a case must compute a
 """
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -294,6 +295,18 @@ QUICK = (
     *_cases("softmax_attention", (1, 512, 2, 64), causal=True, dtype="float32"),
 )
 """One small case of each op: a try of the machinery, a second on a CPU."""
+
+
+def named(pattern: str, names: Iterable[str], refuse: Callable[[str], NoReturn]) -> list[str]:
+    """Those of `names` that a regular expression is found in; `refuse` hears why there are none."""
+    names = list(names)
+    try:
+        found = [name for name in names if re.search(pattern, name)]
+    except re.error as why:
+        refuse(f"{pattern!r} is no regular expression: {why}")
+    if not found:
+        refuse(f"{pattern!r} is found in none of {len(names)} names, such as {names[0]!r}")
+    return found
 
 
 def roofline(case: Case, run: Pass, *, bytes_per_second: float, flops_per_second: float) -> float:

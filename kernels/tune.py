@@ -185,7 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.measure and tuned.chip() != name:
         print(f"the chip at hand is {jax.devices()[0].device_kind}, no {name}", file=sys.stderr)
         return 2
-    searches = {k: s for k, s in SEARCHES[chip.family].items() if re.search(options.only, k)}
+    known = SEARCHES[chip.family]
+    searches = {name: known[name] for name in shapes.named(options.only, known, parser.error)}
     if chip.family == "hopper" and not options.measure:
         for kernel, search in searches.items():
             own = rule(kernel)

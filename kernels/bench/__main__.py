@@ -18,7 +18,6 @@ backend="auto" finds them on such a device; of the others it says why not.
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return peers.main(options.out, quick=options.quick)
     if jax.devices()[0].platform == "cpu" and not options.quick:
         parser.error("the full list needs an accelerator; on a CPU take --quick or --cpu-peers")
-    cases = shapes.QUICK if options.quick else shapes.MEASURED
-    cases = [case for case in cases if re.search(options.ops, case.name)]
+    cases = {case.name: case for case in (shapes.QUICK if options.quick else shapes.MEASURED)}
+    cases = [cases[name] for name in shapes.named(options.ops, cases, parser.error)]
     left, kept = run(cases, options.out, options.minutes)
     if options.prove:
         prove({case.op for case in cases}, kept)

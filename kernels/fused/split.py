@@ -154,7 +154,7 @@ def _passed_on(count: int, keep, own, first, backwards: bool = False):
         keep = jnp.prod(keep, axis=-1).reshape(batch, count, heads)
     turn = (lambda x: jnp.flip(x, 1)) if backwards else (lambda x: x)
     first = [jnp.zeros_like(x[:, 0]) for x in own] if first is None else first
-    kept = _between(turn(keep))
+    kept = between(turn(keep))
     made = []
     for x, entering in zip(own, first, strict=True):
         known = jnp.concatenate([entering[:, None], turn(x)[:, :-1]], axis=1)
@@ -163,7 +163,7 @@ def _passed_on(count: int, keep, own, first, backwards: bool = False):
     return tuple(made)
 
 
-def _between(keep):
+def between(keep):
     """[B, p, m, H] of [B, P, H]: what is left of what enters piece m where it enters p >= m."""
     order = jnp.tril(jnp.ones(2 * keep.shape[1:2], bool))[None, :, :, None]
     factors = jnp.where(order, keep[:, :, None], 1.0)

@@ -14,13 +14,15 @@ bfloat16 parts there.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange, reduce
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels.fused import split
 from kernels.pallas_gpu import plan as plans
 from kernels.pallas_gpu.pipeline import Work, run
 from kernels.pallas_gpu.plan import CHUNK, WIDTH, Role, plan_of
@@ -30,7 +32,14 @@ from kernels.pallas_gpu.wgmma import COLUMNS, ROWS, by_column, by_row, matmul
 
 @dataclasses.dataclass(frozen=True)
 class Plan(plans.Plan):
-    """The sizes of one call."""
+    """The sizes of one call. rows: those of S fade by themselves, else its columns."""
+
+    rows: bool
+
+    @property
+    def sums(self) -> bool:
+        """Whether there is an n."""
+        return False
 
     @property
     def loads(self) -> dict[str, tuple[int, tuple[int, ...], Any]]:
@@ -48,42 +57,96 @@ class Plan(plans.Plan):
     def outputs(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the results by name."""
         made = super().outputs()
-        return made | {"out": jax.ShapeDtypeStruct(made["out"].shape, self.out_dtype)}
+        if self.role.out:
+            made["out"] = jax.ShapeDtypeStruct(made["out"].shape, self.out_dtype)
+        return made
 
     @property
     def own(self) -> dict[str, tuple[tuple[int, ...], Any]]:
         """Shared memory that is a warpgroup's own: shape and dtype by name."""
-        return super().own | {"out": ((CHUNK, WIDTH), self.out_dtype)}
+        own = super().own
+        return own | {"out": ((CHUNK, WIDTH), self.out_dtype)} if self.role.out else own
 
 
-def values(x, y, z, *, pairs, keep, state, reverse: bool = False, interpret: Any):
+class Pieces(NamedTuple):
+    """How many pieces of the sequence run beside each other, and the S [B P, H, D, E] of each."""
+
+    count: int
+    first: jax.Array | None
+
+    @property
+    def turned(self) -> "Pieces":
+        """For values that ask for channels."""
+        first = self.first
+        return self._replace(first=None if first is None else jnp.swapaxes(first, -1, -2))
+
+
+def pieces(y, z, *, keep, state, reverse: bool = False, interpret: Any) -> Pieces:
+    """As many as let heads fill a chip; what each begins with follows from what others' keys add.
+
+    y: bfloat16 [B, T, G, D]; z [B, T, H, E]; keep: float32 [B, G, N, D]; state: S [B, H, D, E] at
+    the beginning, or None. See `kernels.fused.split`.
+    """
+    heads = z.shape[2]
+    count = split.pieces(z.shape[0], heads, z.shape[3], z.shape[1], CHUNK)
+    if count == 1:
+        return Pieces(1, state)
+    turn = (lambda x: jnp.flip(x, 1)) if reverse else (lambda x: x)
+    role, arrays = Role(out=False, within=False, reverse=reverse), {"y": y, "z": z, "keep": keep}
+    own = _run(role, arrays, Pieces(count, None), interpret=interpret, rows=True)["S"]
+    own = turn(rearrange(own, "(b p) ... -> b p ...", p=count))
+    first = jnp.zeros_like(own[:, 0]) if state is None else state
+    entering = jnp.concatenate([first[:, None], own[:, :-1]], axis=1)
+    keep = jnp.repeat(keep, heads // keep.shape[1], axis=1)
+    keep = turn(reduce(keep, "b h (p n) c -> b p (h c)", "prod", p=count))
+    kept = rearrange(split.between(keep), "b p m (h c) -> b p m h c", h=heads)
+    precision = jax.lax.Precision.HIGHEST
+    states = jnp.einsum("bpmhc,bmhce->bphce", kept, entering, precision=precision)
+    return Pieces(count, rearrange(turn(states), "b p ... -> (b p) ..."))
+
+
+def values(x, y, z, *, pairs, keep, begin: Pieces, reverse: bool = False, interpret: Any):
     """out [B, T, H, E] and the last S [B, H, D, E]; see the module's formulas.
 
     x, y: bfloat16 [B, T, G, D]; z [B, T, H, E]; pairs: bfloat16 [B, G, N, C, C]; keep: float32
-    [B, G, N, D]. D and E are both 64 or both 128, and G divides H. state: the first S, or None.
+    [B, G, N, D]. D and E are both 64 or both 128, and G divides H. begin: `pieces` of y and z.
     """
-    role = Role(reverse=reverse)
-    return _run(role, {"x": x, "y": y, "z": z, "pairs": pairs, "keep": keep}, state, interpret)
+    arrays = {"x": x, "y": y, "z": z, "pairs": pairs, "keep": keep}
+    made = _run(Role(reverse=reverse), arrays, begin, interpret=interpret, rows=True)
+    last = rearrange(made["S"], "(b p) ... -> b p ...", p=begin.count)[:, 0 if reverse else -1]
+    return split.whole(begin.count, made["out"]), last
 
 
-def channels(x, y, z, *, keep, state, reverse: bool = False, interpret: Any):
-    """out, float32 [B, T, H, E], and the last S [B, H, D, E]; see the module's formulas.
+def channels(x, y, z, *, keep, begin: Pieces, reverse: bool = False, interpret: Any):
+    """out, float32 [B, T, H, E]; see the module's formulas.
 
-    x, y: bfloat16 [B, T, H, D]; z [B, T, G, E]; keep: float32 [B, G, N, E].
+    x, y: bfloat16 [B, T, H, D]; z [B, T, G, E]; keep: float32 [B, G, N, E]. begin: `pieces` of z
+    and y, turned.
     """
     role = Role(within=False, reverse=reverse, precise=True, raw=True)
-    return _run(role, {"x": x, "y": y, "z": z, "keep": keep}, state, interpret)
+    arrays = {"x": x, "y": y, "z": z, "keep": keep}
+    made = _run(role, arrays, begin, interpret=interpret, rows=False)
+    return split.whole(begin.count, made["out"])
 
 
-def _run(role: Role, arrays: dict[str, jax.Array], state, interpret):
-    heads, width = max(a.shape[2] for a in (arrays["y"], arrays["z"])), arrays["z"].shape[3]
+def _run(role: Role, arrays: dict[str, jax.Array], begin: Pieces, *, interpret, rows: bool):
+    """The kernel's results by name, of pieces."""
+    heads = max(arrays[name].shape[2] for name in ("y", "z"))
+    arrays = {name: _cut(begin.count, name, a) for name, a in arrays.items()}
     plan = plan_of(
-        role, width, arrays["x"], arrays["y"], heads, (), kind=Plan, segments=False,
-        state=state is not None,
+        role, arrays["z"].shape[3], arrays.get("x"), arrays["y"], heads, (), kind=Plan,
+        segments=False, state=begin.first is not None, rows=rows,
     )  # fmt: skip
-    state = None if state is None else (state, None)
-    made = run(Work(places, _read, _operands, fade=_fade), plan, arrays, {}, None, state, interpret)
-    return made["out"], made["S"]
+    work = Work(places, _read, _operands, fade=_fade)
+    state = None if begin.first is None else (begin.first, None)
+    return run(work, plan, arrays, {}, None, state, interpret)
+
+
+def _cut(count: int, name: str, a):
+    """[B, T, ...], or of chunks [B, H, N, ...], as pieces [B P, ...]."""
+    if name in ("pairs", "keep"):
+        return rearrange(a, "b h (p n) ... -> (b p) h n ...", p=count)
+    return split.tokens(count, a)
 
 
 def _read(plan: Plan, r, at, interpret):
@@ -104,7 +167,7 @@ def _operands(plan: Plan, r, at):
 
 def _fade(plan: Plan, r, at, S):
     keep = r.keep_s.at[at.slot, at.tile]
-    if plan.role.within:
+    if plan.rows:
         return S * by_row(plgpu.load(keep, layout=ROWS), WIDTH)
     column = at.warpgroup * WIDTH if plan.tiles == 1 else 0
     keep = plgpu.load(keep.at[pl.ds(column, WIDTH)], layout=COLUMNS)

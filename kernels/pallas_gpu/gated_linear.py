@@ -1,8 +1,9 @@
 """Linear attention that fades by channel, on Hopper: the kernels of `kernels.fused.gated_linear`.
 
 What tokens of a chunk are to each other is made of all chunks at once (`channel_pairs`), backward
-once more; passes from chunk to chunk do the rest (`channel_passes`): one forward, and three for the
-gradients, of which that of the values makes the gradient of the first state.
+once more; passes from chunk to chunk do the rest (`channel_passes`): one forward, three for the
+gradients, of which that of the values makes the gradient of the first state. Where heads do not
+fill the chip, one more for each direction comes before: what pieces of the sequence begin with.
 """
 
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from einops import rearrange, reduce
 
 from kernels.pallas_gpu.channel_pairs import Weights, gradients, weights
-from kernels.pallas_gpu.channel_passes import channels, values
+from kernels.pallas_gpu.channel_passes import channels, pieces, values
 from kernels.pallas_gpu.fit import WIDTHS, Fit, fit
 from kernels.pallas_gpu.plan import CHUNK, in_parts
 
@@ -48,60 +49,54 @@ def chunk_length(length: int) -> int:
 def forward(q, k, v, log_decay, *, state, chunk: int, interpret=None):
     """See `kernels.fused.gated_linear`."""
     assert chunk == CHUNK
-    of = _of(q, k, v, log_decay, interpret)
-    out, last = values(
-        of.weights.reading, of.weights.leaving, of.fit.values(v), pairs=of.weights.pairs,
-        keep=of.keep, state=of.fit.state(state), interpret=interpret,
-    )  # fmt: skip
-    return of.fit.of_values(out), of.fit.of_state(last)
+    of, to = _of(q, k, v, log_decay, interpret)
+    v, (pairs, reading, leaving) = to.values(v), of.weights
+    begin = pieces(leaving, v, state=to.state(state), **of.how)
+    out, last = values(reading, leaving, v, pairs=pairs, begin=begin, **of.how)
+    return to.of_values(out), to.of_state(last)
 
 
 def backward(q, k, v, log_decay, *, dout, state, dstate, crossing, chunk: int, interpret=None):
     """See `kernels.fused.gated_linear`."""
     assert chunk == CHUNK
-    of = _of(q, k, v, log_decay, interpret)
-    (pairs, reading, leaving), how = of.weights, {"keep": of.keep, "interpret": interpret}
-    v, dout = of.fit.values(v), of.fit.values(dout)
-    state, dstate = of.fit.state(state), of.fit.state(dstate)
-    dv, before = values(leaving, reading, dout, pairs=pairs, state=dstate, reverse=True, **how)
-    read, _ = channels(dout, v, leaving, state=_turned(state), **how)
-    held, _ = channels(v, dout, reading, state=_turned(dstate), reverse=True, **how)
-    whole = lambda x: rearrange(x, "b t (h p) d -> b t h (p d)", p=of.fit.parts)  # noqa: E731
-    made = gradients(
-        of.q, of.k, of.log_decay, dout=whole(dout), v=whole(v), read=of.added(read),
-        held=of.added(held), interpret=interpret,
-    )  # fmt: skip
     rank = k.shape[3]
-    dlog_decay = _over_chunks(made.later[..., :rank], crossing)
-    dq, dk = made.dq[..., :rank], made.dk[..., :rank]
-    return dq, dk, of.fit.of_values(dv), dlog_decay, of.fit.of_state(before)
+    of, to = _of(q, k, v, log_decay, interpret)
+    v, dout, (pairs, reading, leaving) = to.values(v), to.values(dout), of.weights
+    begin = pieces(leaving, v, state=to.state(state), **of.how)
+    read = channels(dout, v, leaving, begin=begin.turned, **of.how)
+    back = of.how | {"reverse": True}
+    begin = pieces(reading, dout, state=to.state(dstate), **back)
+    dv, before = values(leaving, reading, dout, pairs=pairs, begin=begin, **back)
+    held = channels(v, dout, reading, begin=begin.turned, **back)
+
+    parts = {"p": to.parts}
+    v, dout = (rearrange(x, "b t (h p) d -> b t h (p d)", **parts) for x in (v, dout))
+    read, held = (reduce(x, "b t (h p) d -> b t h d", "sum", **parts) for x in (read, held))
+    made = gradients(
+        of.q, of.k, of.log_decay, dout=dout, v=v, read=read, held=held, interpret=interpret
+    )
+    dq, dk, later = (x[..., :rank] for x in made)
+    return dq, dk, to.of_values(dv), _over_chunks(later, crossing), to.of_state(before)
 
 
 class _Of(NamedTuple):
-    """What both passes of a call have to do with, in the kernels' widths.
+    """What both passes of a call have to do with, in the kernels' widths."""
 
-    keep: float32 [B, H, N, R], what is left over each chunk.
-    """
-
-    fit: Fit
     q: jax.Array
     k: jax.Array
     log_decay: jax.Array
     weights: Weights
-    keep: jax.Array
-
-    def added(self, x: jax.Array) -> jax.Array:
-        """The sum [B, T, H, R] of what each part of the values gives [B, T, H parts, R]."""
-        return reduce(x, "b t (h p) d -> b t h d", "sum", p=self.fit.parts)
+    how: dict[str, Any]
 
 
-def _of(q, k, v, log_decay, interpret: Any) -> _Of:
+def _of(q, k, v, log_decay, interpret: Any) -> tuple[_Of, Fit]:
     to = fit(k.shape[3], v.shape[3])
     q, k, log_decay = to.keys(q), to.keys(k), to.keys(log_decay)
     log_decay = jnp.maximum(log_decay, LEAST_LOG_DECAY)
     keep = jnp.exp(reduce(log_decay, "b (n c) h r -> b h n r", "sum", c=CHUNK))
-    parts = in_parts(log_decay)
-    return _Of(to, q, k, parts, weights(q, k, parts, interpret=interpret), keep)
+    log_decay = in_parts(log_decay)
+    made = weights(q, k, log_decay, interpret=interpret)
+    return _Of(q, k, log_decay, made, {"keep": keep, "interpret": interpret}), to
 
 
 def _over_chunks(later: jax.Array, crossing: jax.Array) -> jax.Array:
@@ -110,8 +105,3 @@ def _over_chunks(later: jax.Array, crossing: jax.Array) -> jax.Array:
     chunks = jnp.concatenate([later[:, 1:, 0], crossing[:, None]], axis=1)
     behind = jnp.flip(jnp.cumsum(jnp.flip(chunks, 1), axis=1), 1)
     return rearrange(later + behind[:, :, None], "b n c h r -> b (n c) h r")
-
-
-def _turned(state):
-    """For values that ask for channels."""
-    return None if state is None else jnp.swapaxes(state, -1, -2)

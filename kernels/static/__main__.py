@@ -22,7 +22,6 @@ bytes that the program holds beside its arguments and results, which are [B,T,H*
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -74,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.child:
         ahead.child(name, Path(options.child))
         return 0
+    cases = {case.name: case for case in shapes.SHIPPED}
+    chosen = shapes.named(options.only, cases, parser.error)
+    work = [(cases[case], run) for case in chosen for run in options.passes]
     if why := ahead.missing(chip):
         print(why, file=sys.stderr)
         return 2
@@ -81,8 +83,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = None if options.write else budget.read().get(name, {}).get(version)
     if options.check and not options.write and known is None:
         print(f"no figures of {name} with {version} to compare with: spills alone are checked")
-    work = [(c, r) for c in shapes.SHIPPED if re.search(options.only, c.name)
-            for r in options.passes]  # fmt: skip
     wrong, compiled = [], 0
     with ThreadPoolExecutor(options.jobs) as pool:
         results = pool.map(lambda pair: ahead.examine(name, *pair), work)

@@ -1,11 +1,13 @@
 """Linear attention that fades by channel, on Hopper, in the interpreter that looks for races."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kernels import gated_linear_attention as op
 from kernels import reference
+from kernels.fused import split
 from tests.kernels.compare import agree, both
 from tests.kernels.hopper import INTERPRET, no_races  # noqa: F401
 from tests.kernels.recurrent import (
@@ -53,6 +55,19 @@ def result(given, mask):
 def test_output_state_and_gradients_are_the_recurrences(length, mask, how):
     """With grouped heads, padding, segments and states, of which some fade at once."""
     agree(result(problem(length, **how), mask), forward=5e-3, backward=1e-2)
+
+
+@slow
+@pytest.mark.parametrize(
+    ("count", "how"), [(2, {"heads": 2, "groups": 1}), (4, {"heads": 1, "key": 48, "value": 96})]
+)
+def test_a_sequence_in_pieces_gives_what_it_gives_whole(count, how, monkeypatch):
+    asked = []
+    monkeypatch.setattr(split, "pieces", lambda *sizes: asked.append(sizes) or count)
+    jax.clear_caches()
+    agree(result(problem(256, **how), "all"), forward=5e-3, backward=1e-2)
+    assert asked
+    jax.clear_caches()
 
 
 @slow

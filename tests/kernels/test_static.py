@@ -7,7 +7,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from kernels import shapes
+from kernels import shapes, tune
+from kernels.bench import __main__ as bench
 from kernels.static import __main__ as static
 from kernels.static import ahead, budget, reports
 
@@ -65,6 +66,23 @@ ENTRY %main.2 (a.1: bf16[1,4]) -> bf16[1,4] {
   ROOT %call.1 = bf16[1,4]{1,0:T(8,128)S(1)} custom-call(%x, %y), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"TUz"},"used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"532992"}]}
 }
 """  # noqa: E501
+
+
+@pytest.mark.parametrize(("pattern", "reason"), [("*", "no regular"), ("nope", "none of")])
+@pytest.mark.parametrize(
+    ("main", "order"),
+    [
+        (static.main, ["--target", "v6e", "--only"]),
+        (tune.main, ["--target", "v6e", "--only"]),
+        (bench.main, ["--quick", "--ops"]),
+    ],
+)
+def test_a_pattern_that_chooses_nothing_is_refused(main, order, pattern, reason, capsys, tmp_path):
+    out = ["--out", str(tmp_path)] if main is bench.main else []
+    with pytest.raises(SystemExit):
+        main([*order, pattern, *out])
+    said = capsys.readouterr().err
+    assert f"error: '{pattern}' is " in said and reason in said
 
 
 def test_what_ptxas_says():
