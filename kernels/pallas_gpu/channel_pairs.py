@@ -188,6 +188,7 @@ def _gradients(interpret, q, k, log_decay, dout, v, read, held, numbers, dq, dk,
         of = r.values_s
         operands = ((of.at[b, n], of.at[b, 1 - n].transpose((1, 0))) for b in blocks)
         r.asked_s.at[n][...] = matmul((CHUNK, CHUNK), *operands).astype(jnp.bfloat16)
+    plgpu.commit_smem()
 
     def through(n: int, where, x_s):
         """What queries (0) or keys (1) get of the others in x_s."""
