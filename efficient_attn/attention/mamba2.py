@@ -105,10 +105,11 @@ class Mamba2(Recurrent):
         inner, heads, _, bc = _sizes(self.config, self.site)
         x, b, c = jnp.split(streams, [inner, inner + bc], axis=-1)
         dt, log_decay = self.discretise(aside[1])
+        entering = split_heads(x, heads).astype(jnp.float32) * dt[..., None]
         return {
             "q": split_heads(c, self.config.groups),
             "k": split_heads(b, self.config.groups),
-            "v": split_heads(x, heads).astype(jnp.float32) * dt[..., None],
+            "v": entering.astype(x.dtype),
             "log_decay": log_decay,
         }
 

@@ -79,23 +79,44 @@ def test_a_token_on_a_simulated_tpu_is_what_it_is_in_xla(expression):
         assert support.relative(a, b) < 1e-5
 
 
+def lowered(name: str, expression: str, chip: str, platform: str, *, length: int, batch: int = 1):
+    """A training step in bfloat16 with `backend="pallas"`, a sequence to a device, as text."""
+    experiment = resolve(
+        {
+            "model": {"name": name, "depth": 1, "width": 128, "heads": 2},
+            "attention": expression,
+            "backend": "pallas",
+            "data": {"batch_size": batch},
+            "train": {"dtype": "bfloat16", "eval_batch_size": batch},
+        }
+    )
+    info = bench.describe(name, length)
+    with target.use(chip):
+        program = compile_for(creator(experiment, info), experiment, devices=batch)
+        traced = program.trace(program.abstract, bench.draw(info, batch, seed=0))
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(("chip", "platform", "call"), CHIPS)
+@pytest.mark.parametrize(
+    "expression",
+    ["mamba2", "longformer(window=64)"]
+    + [
+        pytest.param(expression, marks=pytest.mark.slow)
+        for expression in (
+            "softmax", "linear", "cosformer", "performer(features=128)", "linformer(rank=64)",
+            "retention", "gla", "gated_delta", "local(window=64)",
+        )
+    ],
+)  # fmt: skip
+def test_a_training_step_in_bfloat16_runs_kernels(expression, chip, platform, call):
+    name = "encoder" if "linformer" in expression else "causal_lm"
+    assert call in lowered(name, expression, chip, platform, length=128)
+
+
 @pytest.mark.parametrize(("chip", "platform", "call"), CHIPS)
 def test_a_training_step_over_devices_divides_its_kernels(chip, platform, call):
     """Four sequences over four devices: every kernel of the lowered step takes one."""
-    made = {"name": "encoder", "depth": 1, "width": 128, "heads": 2}
-    experiment = resolve(
-        {
-            "model": made,
-            "attention": "performer(features=128)",
-            "backend": "pallas",
-            "data": {"batch_size": 4},
-            "train": {"dtype": "bfloat16", "eval_batch_size": 4},
-        }
-    )
-    info = bench.describe("encoder", 64)
-    with target.use(chip):
-        program = compile_for(creator(experiment, info), experiment, devices=4)
-        traced = program.trace(program.abstract, bench.draw(info, 4, seed=0))
-        lines = traced.lower(lowering_platforms=(platform,)).as_text().splitlines()
-    results = [line.split("->")[-1] for line in lines if call in line and "->" in line]
+    step = lowered("encoder", "performer(features=128)", chip, platform, length=64, batch=4)
+    results = [line.split("->")[-1] for line in step.splitlines() if call in line and "->" in line]
     assert results and all("tensor<1x" in text and "tensor<4x" not in text for text in results)
