@@ -150,8 +150,8 @@ def _weights(interpret, q, k, log_decay, numbers, pairs, reading, leaving, **scr
         plgpu.commit_smem()  # all four warps have read what is about to be overwritten
         return made
 
-    def level(n, made):
-        half = lax.shift_left(jnp.int32(1), n)
+    def level(number, made):
+        half = lax.shift_left(jnp.int32(1), number)
         for part in parts:
             scale(part, _between(r, half))
         i, j = _order(r)
@@ -195,9 +195,9 @@ def _gradients(interpret, q, k, log_decay, dout, v, read, held, numbers, dq, dk,
         asked = plgpu.load(r.asked_s.at[n], layout=LAYOUT)
         return matmul(MATRIX, (_left(r, jnp.where(where, asked, 0.0)), x_s.at[1 - n]))
 
-    def level(n, carry):
-        dq, dk, passed = carry
-        half = lax.shift_left(jnp.int32(1), n)
+    def level(number, carry):
+        of_q, of_k, passed = carry
+        half = lax.shift_left(jnp.int32(1), number)
         over = _left_over(r, _between(r, half), r.log_decay_s)
         for n in range(2):
             r.scaled_s.at[n][...] = (over * _load(r.x_s.at[n])).astype(jnp.bfloat16)
@@ -206,11 +206,11 @@ def _gradients(interpret, q, k, log_decay, dout, v, read, held, numbers, dq, dk,
         apart = i ^ j
         there = (apart >= half) & (apart < 2 * half)
         part = through(0, there & (i > j), r.scaled_s)
-        dq, passed = dq + over * part, passed + _load(r.scaled_s.at[0]) * part
+        of_q, passed = of_q + over * part, passed + _load(r.scaled_s.at[0]) * part
         part = through(1, there & (i < j), r.scaled_s)
-        dk, passed = dk + over * part, passed - _load(r.scaled_s.at[1]) * part
+        of_k, passed = of_k + over * part, passed - _load(r.scaled_s.at[1]) * part
         plgpu.commit_smem()  # all four warps have read what is about to be overwritten
-        return dq, dk, passed
+        return of_q, of_k, passed
 
     def beyond(n: int, there, a, passed):
         """What queries (0) or keys (1) get of themselves and, from a, of other chunks."""
@@ -221,10 +221,10 @@ def _gradients(interpret, q, k, log_decay, dout, v, read, held, numbers, dq, dk,
         return over * part + through(n, i == j, r.x_s), passed - given if n else passed + given
 
     i, j = _order(r)
-    first, passed = beyond(0, i >= j, read, constant(0.0, MATRIX))
-    second, passed = beyond(1, i < j, held, passed)
-    first, second, passed = lax.fori_loop(0, LEVELS, level, (first, second, passed))
-    for n, (made, to) in enumerate(((first, dq), (second, dk))):
+    of_q, passed = beyond(0, i >= j, read, constant(0.0, MATRIX))
+    of_k, passed = beyond(1, i < j, held, passed)
+    of_q, of_k, passed = lax.fori_loop(0, LEVELS, level, (of_q, of_k, passed))
+    for n, (made, to) in enumerate(((of_q, dq), (of_k, dk))):
         r.scaled_s.at[n][...] = made.astype(jnp.bfloat16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(r.scaled_s.at[n], to.at[at.b, at.rows, at.h, columns])
