@@ -37,8 +37,10 @@ def compared(op, reference, given, mask, *, chunk=16, **options):
     return both(joined(op), joined(reference), given, mask, op_options={"chunk": chunk}, **options)
 
 
-def causal_mask(name: str, length: int):
-    return mask_of(name, length) | {"causal": True}
+def causal_mask(name: str, length: int, *, batch: int | None = None):
+    """`mask_of`, causal, of the first `batch` rows."""
+    mask = mask_of(name, length) | {"causal": True}
+    return {key: x[:batch] if isinstance(x, np.ndarray) else x for key, x in mask.items()}
 
 
 def tokens(length, *, heads=2, groups=2, key=5, value=4, state=True, batch=4, seed=0):
