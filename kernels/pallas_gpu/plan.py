@@ -187,7 +187,7 @@ class Plan:
             make = shared if dtype == jnp.bfloat16 else plgpu.SMEM
             made[f"{name}_s"] = make((self.stages, *shape), dtype)
         for name, (shape, dtype) in self.own.items():
-            make = shared if dtype == jnp.bfloat16 else plgpu.SMEM
+            make = shared if len(shape) > 1 else plgpu.SMEM
             made[f"{name}_s"] = make((WORKERS, *shape), dtype)
         if self.role.within and interpret:
             made["spare_s"] = shared((WORKERS, CHUNK, CHUNK), jnp.bfloat16)

@@ -26,8 +26,9 @@ ON_TPU = (
     pytest.param("gated_delta", marks=pytest.mark.slow),
 )
 IN_BFLOAT16 = (
-    "softmax", "linear", "cosformer", "performer(features=128)", "linformer(rank=64)", "retention",
-    "mamba2", "gla", "gated_delta", "local(window=64)", "longformer(window=64)",
+    "softmax", "linear", "performer(features=128)", "linformer(rank=64)", "mamba2", "gla",
+    "gated_delta", "local(window=64)", "longformer(window=64)",
+    *(pytest.param(expression, marks=pytest.mark.slow) for expression in ("cosformer", "retention")),
 )  # fmt: skip
 LENGTH = 20
 CHIPS = [("tpu", "tpu", "tpu_custom_call"), ("hopper", "cuda", "mosaic_gpu")]
