@@ -3,8 +3,7 @@
     S_t = diag(a_t) S_{t-1} + k_t v_t^T,    out_t = S_t^T q_t,    a_t = exp(log_decay_t)
 
 Here lengths are filled up to whole chunks and gradients are put together (`custom_vjp`). A chip's
-module (of `MODULES`) has, on arrays [B, T, heads, channels], q and k of G
-heads and the rest of H,
+module (of `MODULES`) has, on arrays [B, T, heads, channels], q and k of G heads and the rest of H,
 
     refuse(q, k, v) -> a sentence or None     of arrays or their shapes
     chunk_length(length) -> tokens of a chunk
