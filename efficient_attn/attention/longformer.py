@@ -151,15 +151,15 @@ class Sliding(Core):
         for first, last, window, dilation in self._groups:
             heads = slice(first, last)
             given = q[:, :, heads], k[:, :, heads], v[:, :, heads]
+            slopes = self.slopes(heads)
             left, right = reach(window, causal=mask.causal)
             parts = [
                 window_attention(
                     *given, left=left, right=right, dilation=dilation, mask=near,
-                    slopes=self.slopes(heads), backend=self.site.backend,
+                    slopes=slopes, backend=self.site.backend,
                 )
             ]  # fmt: skip
             for blocks in _globals(k.shape[1], tokens):  # few: XLA's, whatever the backend
-                slopes = self.slopes(heads)
                 parts.append(block_attention(*given, blocks=blocks, mask=mask, slopes=slopes))
             outs.append(join(*parts))
         return jnp.concatenate(outs, axis=2).astype(q.dtype)

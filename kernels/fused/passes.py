@@ -223,9 +223,9 @@ def grouped(x, like):
     return x.astype(like.dtype)
 
 
-def cumsum_back(x):
+def cumsum_back(x, axis: int = -1):
     """The sum of each number and those behind it."""
-    return jnp.flip(jnp.cumsum(jnp.flip(x, -1), axis=-1), -1)
+    return jnp.flip(jnp.cumsum(jnp.flip(x, axis), axis=axis), axis)
 
 
 def _ways(how: How, tokens: Tokens, entry: Entry | None, projection: Projection | None):

@@ -107,7 +107,7 @@ def states_before(how, given: Cut, entered):
         interpret=how.interpret,
     )  # fmt: skip
     own = [jnp.repeat(x, heads // groups, axis=1) for x in own]
-    return _passed_on(how.pieces, keep, own, entered)
+    return passed_on(how.pieces, keep, own, entered)
 
 
 def grads_after(how, given: Cut, dout, inverse, r, left):
@@ -127,7 +127,7 @@ def grads_after(how, given: Cut, dout, inverse, r, left):
         given.q, dout, end=inverse, fill=r, projection=projection, chunk=how.chunk,
         interpret=how.interpret,
     )  # fmt: skip
-    return _passed_on(how.pieces, keep, own, left, backwards=True)
+    return passed_on(how.pieces, keep, own, left, backwards=True)
 
 
 def _before(keep):
@@ -141,29 +141,29 @@ def _each(factors, chunk: int):
     return jnp.repeat(factors, chunk, axis=-1)
 
 
-def _passed_on(count: int, keep, own, first, backwards: bool = False):
+def passed_on(count: int, keep, own, first, backwards: bool = False):
     """The states that come out where each piece fades what enters it, and adds its own.
 
+    keep: of every chunk, [B P, H, N] or, for each channel of the states, [B P, H, N, R]; None is 1.
     One product of P x P with the states: a scan would be P small kernels.
     """
-    own = [x.reshape(-1, count, *x.shape[1:]) for x in own]
-    batch, _, heads = own[0].shape[:3]
-    if keep is None:
-        keep = jnp.ones_like(own[1], shape=(batch, count, heads))
-    else:
-        keep = jnp.prod(keep, axis=-1).reshape(batch, count, heads)
+    by_piece = lambda x: x.reshape(-1, count, *x.shape[1:])  # noqa: E731
+    none = jnp.ones_like(own[0], shape=own[0].shape[:2])
+    keep = none if keep is None else jnp.prod(keep, axis=2)
+    keep = by_piece(keep.reshape(keep.shape[0], -1))
     turn = (lambda x: jnp.flip(x, 1)) if backwards else (lambda x: x)
-    first = [jnp.zeros_like(x[:, 0]) for x in own] if first is None else first
-    kept = between(turn(keep))
-    made = []
-    for x, entering in zip(own, first, strict=True):
-        known = jnp.concatenate([entering[:, None], turn(x)[:, :-1]], axis=1)
-        states = jnp.einsum("bpmh,bmh...->bph...", kept, known, precision=jax.lax.Precision.HIGHEST)
-        made.append(turn(states).reshape(-1, *states.shape[2:]))
+    kept, made = _between(turn(keep)), []
+    for n, x in enumerate(own):
+        added = by_piece(x)
+        entering = jnp.zeros_like(added[:, 0]) if first is None else first[n]
+        known = jnp.concatenate([entering[:, None], turn(added)[:, :-1]], axis=1)
+        known = known.reshape(*keep.shape, -1)
+        states = jnp.einsum("bpmk,bmkc->bpkc", kept, known, precision=jax.lax.Precision.HIGHEST)
+        made.append(turn(states).reshape(x.shape))
     return tuple(made)
 
 
-def between(keep):
+def _between(keep):
     """[B, p, m, H] of [B, P, H]: what is left of what enters piece m where it enters p >= m."""
     order = jnp.tril(jnp.ones(2 * keep.shape[1:2], bool))[None, :, :, None]
     factors = jnp.where(order, keep[:, :, None], 1.0)

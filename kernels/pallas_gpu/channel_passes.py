@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, reduce
+from einops import rearrange
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -49,24 +49,6 @@ class Plan(plans.Plan):
             loads["pairs"] = (self.tiles, (CHUNK, CHUNK), jnp.bfloat16)
         return loads
 
-    @property
-    def out_dtype(self):
-        """Of what rows get."""
-        return jnp.float32 if self.role.raw else jnp.bfloat16
-
-    def outputs(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the results by name."""
-        made = super().outputs()
-        if self.role.out:
-            made["out"] = jax.ShapeDtypeStruct(made["out"].shape, self.out_dtype)
-        return made
-
-    @property
-    def own(self) -> dict[str, tuple[tuple[int, ...], Any]]:
-        """Shared memory that is a warpgroup's own: shape and dtype by name."""
-        own = super().own
-        return own | {"out": ((CHUNK, WIDTH), self.out_dtype)} if self.role.out else own
-
 
 class Pieces(NamedTuple):
     """How many pieces of the sequence run beside each other, and the S [B P, H, D, E] of each."""
@@ -91,18 +73,11 @@ def pieces(y, z, *, keep, state, reverse: bool = False, interpret: Any) -> Piece
     count = split.pieces(z.shape[0], heads, z.shape[3], z.shape[1], CHUNK)
     if count == 1:
         return Pieces(1, state)
-    turn = (lambda x: jnp.flip(x, 1)) if reverse else (lambda x: x)
     role, arrays = Role(out=False, within=False, reverse=reverse), {"y": y, "z": z, "keep": keep}
     own = _run(role, arrays, Pieces(count, None), interpret=interpret, rows=True)["S"]
-    own = turn(rearrange(own, "(b p) ... -> b p ...", p=count))
-    first = jnp.zeros_like(own[:, 0]) if state is None else state
-    entering = jnp.concatenate([first[:, None], own[:, :-1]], axis=1)
-    keep = jnp.repeat(keep, heads // keep.shape[1], axis=1)
-    keep = turn(reduce(keep, "b h (p n) c -> b p (h c)", "prod", p=count))
-    kept = rearrange(split.between(keep), "b p m (h c) -> b p m h c", h=heads)
-    precision = jax.lax.Precision.HIGHEST
-    states = jnp.einsum("bpmhc,bmhce->bphce", kept, entering, precision=precision)
-    return Pieces(count, rearrange(turn(states), "b p ... -> (b p) ..."))
+    keep = _cut(count, "keep", jnp.repeat(keep, heads // keep.shape[1], axis=1))
+    first = None if state is None else (state,)
+    return Pieces(count, *split.passed_on(count, keep, (own,), first, reverse))
 
 
 def values(x, y, z, *, pairs, keep, begin: Pieces, reverse: bool = False, interpret: Any):

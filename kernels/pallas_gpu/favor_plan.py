@@ -62,8 +62,6 @@ class Plan(plans.Plan):
         """Shapes of the results by name."""
         make, f32, row = jax.ShapeDtypeStruct, jnp.float32, (self.batch, self.heads, self.length)
         made = super().outputs()
-        if self.role.out:
-            made["out"] = make(made["out"].shape, self.out_dtype)
         if self.role.own:
             made["own"] = make(row, f32)
         made.pop("S", None)
@@ -98,11 +96,6 @@ class Plan(plans.Plan):
         if not self.role.raw:  # float32 leaves from where the part was
             passed["out"] = (matrix, jnp.bfloat16)
         return passed | {"sums": (vector, f32), "total": (vector, f32)}
-
-    @property
-    def out_dtype(self):
-        """Of what rows get."""
-        return jnp.float32 if self.role.raw else jnp.bfloat16
 
     @property
     def bytes(self) -> int:

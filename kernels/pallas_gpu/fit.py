@@ -1,7 +1,7 @@
-"""Heads of other widths as Hopper's kernels take them: keys and values of 64 channels, or of 128.
+"""What Hopper's kernels take: bfloat16, and heads whose keys and values have 64 channels, or 128.
 
-Channels are filled up with zeros, which change nothing. Values of more channels are several heads
-that share queries and keys; what these get of each is added up.
+Other channels are filled up with zeros, which change nothing. Values of more channels are several
+heads that share queries and keys; what these get of each is added up.
 """
 
 from typing import NamedTuple
@@ -66,6 +66,17 @@ def fit(rank: int, dim: int) -> Fit:
     """How heads with keys of `rank` channels, at most the last of `WIDTHS`, are taken."""
     width = whole(rank)
     return Fit(rank, dim, width, -(-dim // width))
+
+
+def refuse_dtype(**arrays) -> str | None:
+    """Why the kernels do not take what products are made of, by name, and what to do, or None."""
+    for name, x in arrays.items():
+        if x.dtype != jnp.bfloat16:
+            return (
+                f"{name} is {jnp.dtype(x.dtype).name} and the Hopper kernels take bfloat16: cast "
+                "q, k and v, or use backend='xla'"
+            )
+    return None
 
 
 def whole(channels: int) -> int:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from kernels.fused.ways import Ways
 from kernels.pallas_gpu.delta_body import BACKWARD, FORWARD, Plan
-from kernels.pallas_gpu.fit import WIDTHS, Fit, fit
+from kernels.pallas_gpu.fit import WIDTHS, Fit, fit, refuse_dtype
 from kernels.pallas_gpu.inverse import inverses
 from kernels.pallas_gpu.pipeline import Work, run
 from kernels.pallas_gpu.plan import CHUNK, Role, plan_of
@@ -34,11 +34,8 @@ __all__ = ["CHUNK", "backward", "forward", "refuse"]
 
 def refuse(q, k, v) -> str | None:
     """Why these kernels do not take a case, and what to do; None where they do."""
-    if v.dtype != jnp.bfloat16:
-        return (
-            f"v is {jnp.dtype(v.dtype).name} and the Hopper kernels take bfloat16: cast q, k and "
-            "v, or use backend='xla'"
-        )
+    if reason := refuse_dtype(v=v):
+        return reason
     if k.shape[3] > WIDTHS[-1]:
         return (
             f"keys have {k.shape[3]} channels a head, the Hopper kernels take {WIDTHS[-1]}: use "

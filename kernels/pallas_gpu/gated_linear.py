@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, reduce
 
+from kernels.fused.passes import cumsum_back
 from kernels.pallas_gpu.channel_pairs import Weights, gradients, weights
 from kernels.pallas_gpu.channel_passes import channels, pieces, values
-from kernels.pallas_gpu.fit import WIDTHS, Fit, fit
+from kernels.pallas_gpu.fit import WIDTHS, Fit, fit, refuse_dtype
 from kernels.pallas_gpu.plan import CHUNK, in_parts
 
 LEAST_LOG_DECAY = -128.0
@@ -27,11 +28,8 @@ __all__ = ["backward", "chunk_length", "forward", "refuse"]
 
 def refuse(q, k, v) -> str | None:
     """Why these kernels do not take a case, and what to do; None where they do."""
-    if v.dtype != jnp.bfloat16:
-        return (
-            f"v is {jnp.dtype(v.dtype).name} and the Hopper kernels take bfloat16: cast q, k and "
-            "v, or use backend='xla'"
-        )
+    if reason := refuse_dtype(v=v):
+        return reason
     if k.shape[3] > WIDTHS[-1] or v.shape[3] > LARGEST:
         return (
             f"keys and values have {k.shape[3]} and {v.shape[3]} channels a head; where each "
@@ -103,5 +101,5 @@ def _over_chunks(later: jax.Array, crossing: jax.Array) -> jax.Array:
     """Sums [B, T, H, R] over all later tokens, and `crossing` [B, H, R], of those in each chunk."""
     later = rearrange(later, "b (n c) h r -> b n c h r", c=CHUNK)
     chunks = jnp.concatenate([later[:, 1:, 0], crossing[:, None]], axis=1)
-    behind = jnp.flip(jnp.cumsum(jnp.flip(chunks, 1), axis=1), 1)
-    return rearrange(later + behind[:, :, None], "b n c h r -> b (n c) h r")
+    behind = cumsum_back(chunks, axis=1)[:, :, None]
+    return rearrange(later + behind, "b n c h r -> b (n c) h r")

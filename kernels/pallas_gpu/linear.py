@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.pallas_gpu.favor import favor
-from kernels.pallas_gpu.fit import WIDTHS
+from kernels.pallas_gpu.fit import WIDTHS, refuse_dtype
 from kernels.pallas_gpu.log_scale import half_square, log_scale
 from kernels.pallas_gpu.plan import CHUNK, Role
 from kernels.pallas_gpu.stream import stream
@@ -47,12 +47,8 @@ def refuse(q, k, v, *, rank: int | None = None) -> str | None:
 
     q, k, v: arrays, or their shapes and dtypes. rank: features of a fused projection, if any.
     """
-    for name, a in (("q", q), ("k", k), ("v", v)):
-        if a.dtype != jnp.bfloat16:
-            return (
-                f"{name} is {jnp.dtype(a.dtype).name} and the Hopper kernels take bfloat16: "
-                "cast q, k and v, or use backend='xla'"
-            )
+    if reason := refuse_dtype(q=q, k=k, v=v):
+        return reason
     if rank is not None and rank not in RANKS:
         return (
             f"there are {rank} features; the Hopper kernels make {' or '.join(map(str, RANKS))}: "

@@ -32,7 +32,7 @@ class Role:
     sums of out times a further array. precise: these are of the numbers that another pass, which
     has `read` and `enter` exchanged, multiplies, and of S to 16 bits; what both find of a pair of
     tokens is the same then, and a sum over all tokens has the error of few. raw: out is float32,
-    and the normaliser is given but not divided by (in `favor` alone).
+    and the normaliser is given but not divided by (`favor`, and `channel_passes`, which has none).
     """
 
     out: bool = True
@@ -136,13 +136,18 @@ class Plan:
             loads["segments"] = (self.tiles, (CHUNK,), jnp.int32)
         return loads
 
+    @property
+    def out_dtype(self):
+        """Of what rows get."""
+        return jnp.float32 if self.role.raw else jnp.bfloat16
+
     def outputs(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the results by name."""
         make, f32 = jax.ShapeDtypeStruct, jnp.float32
         row = (self.batch, self.heads, self.length)
         made = {}
         if self.role.out:
-            made["out"] = make((self.batch, self.length, self.heads, self.width), jnp.bfloat16)
+            made["out"] = make((self.batch, self.length, self.heads, self.width), self.out_dtype)
         if self.role.divide:
             made["den"] = make(row, f32)
         if self.role.own:
@@ -160,7 +165,7 @@ class Plan:
         own: dict[str, tuple[tuple[int, ...], Any]] = {}
         if role.out:
             own["S"] = (self.shape, bfloat16)
-            own["out"] = ((CHUNK, WIDTH), bfloat16)
+            own["out"] = ((CHUNK, WIDTH), self.out_dtype)
         if role.precise:
             own["low"] = (self.shape, bfloat16)
         if "enter" in self.names and self.entered is not None:

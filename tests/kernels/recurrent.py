@@ -3,11 +3,24 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from kernels import Mask
 from kernels.target import use
 from tests import support
 from tests.kernels.compare import arrays, both, mask_of
+
+HOPPER = tuple(
+    pytest.param(length, mask, how, marks=pytest.mark.slow)
+    for length, mask, how in (
+        (1, "causal", {}),
+        (7, "all", {}),
+        (63, "causal", {"heads": 3}),
+        (100, "all", {"key": 48, "value": 96}),
+        (257, "all", {"key": 128, "value": 128}),
+    )
+)
+"""Lengths, masks and sizes of both ops' tests there: those of the kernels and others."""
 
 
 def joined(function):

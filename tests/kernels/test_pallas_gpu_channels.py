@@ -10,6 +10,7 @@ from kernels.fused import split
 from tests.kernels.compare import agree, both
 from tests.kernels.hopper import INTERPRET, no_races  # noqa: F401
 from tests.kernels.recurrent import (
+    HOPPER,
     causal_mask,
     channel_problem,
     decays,
@@ -37,17 +38,8 @@ def result(given, mask):
     [
         (70, "all", {"heads": 2, "groups": 1}),
         (130, "causal", {"heads": 1, "key": 128, "value": 192}),
-    ]
-    + [
-        pytest.param(length, mask, how, marks=slow)
-        for length, mask, how in (
-            (1, "causal", {}),
-            (7, "all", {}),
-            (63, "causal", {"heads": 3}),
-            (100, "all", {"key": 48, "value": 96}),
-            (130, "causal", {"key": 128, "value": 256, "heads": 2}),
-            (257, "all", {"key": 128, "value": 128}),
-        )
+        pytest.param(130, "causal", {"key": 128, "value": 256, "heads": 2}, marks=slow),
+        *HOPPER,
     ],
 )
 def test_output_state_and_gradients_are_the_recurrences(length, mask, how):

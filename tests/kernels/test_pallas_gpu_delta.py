@@ -11,7 +11,14 @@ from kernels.pallas_gpu.inverse import inverses
 from tests import support
 from tests.kernels.compare import agree, both
 from tests.kernels.hopper import INTERPRET, no_races  # noqa: F401
-from tests.kernels.recurrent import causal_mask, delta_problem, fused, joined, off_of_decays
+from tests.kernels.recurrent import (
+    HOPPER,
+    causal_mask,
+    delta_problem,
+    fused,
+    joined,
+    off_of_decays,
+)
 
 slow = pytest.mark.slow
 
@@ -25,17 +32,10 @@ def problem(length, *, heads=2, key=64, value=64):
 
 @pytest.mark.parametrize(
     ("length", "mask", "how"),
-    [(70, "all", {"heads": 1})]
-    + [
-        pytest.param(length, mask, how, marks=slow)
-        for length, mask, how in (
-            (1, "causal", {}),
-            (7, "all", {}),
-            (63, "causal", {"heads": 3}),
-            (100, "all", {"key": 48, "value": 96}),
-            (130, "causal", {"key": 96, "value": 192, "heads": 1}),
-            (257, "all", {"key": 128, "value": 128}),
-        )
+    [
+        (70, "all", {"heads": 1}),
+        pytest.param(130, "causal", {"key": 96, "value": 192, "heads": 1}, marks=slow),
+        *HOPPER,
     ],
 )
 def test_output_state_and_gradients_are_the_recurrences(length, mask, how):
