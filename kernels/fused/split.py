@@ -147,19 +147,22 @@ def passed_on(count: int, keep, own, first, backwards: bool = False):
     keep: of every chunk, [B P, H, N] or, for each channel of the states, [B P, H, N, R]; None is 1.
     One product of P x P with the states: a scan would be P small kernels.
     """
-    by_piece = lambda x: x.reshape(-1, count, *x.shape[1:])  # noqa: E731
-    none = jnp.ones_like(own[0], shape=own[0].shape[:2])
-    keep = none if keep is None else jnp.prod(keep, axis=2)
-    keep = by_piece(keep.reshape(keep.shape[0], -1))
+    own = [x.reshape(-1, count, *x.shape[1:]) for x in own]
+    if keep is None:
+        keep = jnp.ones_like(own[0], shape=own[0].shape[:3])
+    else:
+        keep = jnp.prod(keep, axis=2)
+        keep = keep.reshape(-1, count, *keep.shape[1:])
+    axes = "hr"[: keep.ndim - 2]
     turn = (lambda x: jnp.flip(x, 1)) if backwards else (lambda x: x)
-    kept, made = _between(turn(keep)), []
-    for n, x in enumerate(own):
-        added = by_piece(x)
-        entering = jnp.zeros_like(added[:, 0]) if first is None else first[n]
-        known = jnp.concatenate([entering[:, None], turn(added)[:, :-1]], axis=1)
-        known = known.reshape(*keep.shape, -1)
-        states = jnp.einsum("bpmk,bmkc->bpkc", kept, known, precision=jax.lax.Precision.HIGHEST)
-        made.append(turn(states).reshape(x.shape))
+    first = [jnp.zeros_like(x[:, 0]) for x in own] if first is None else first
+    kept = _between(turn(keep).reshape(*keep.shape[:2], -1))
+    kept = kept.reshape(*kept.shape[:3], *keep.shape[2:])
+    product, made = f"bpm{axes},bm{axes}...->bp{axes}...", []
+    for x, entering in zip(own, first, strict=True):
+        known = jnp.concatenate([entering[:, None], turn(x)[:, :-1]], axis=1)
+        states = jnp.einsum(product, kept, known, precision=jax.lax.Precision.HIGHEST)
+        made.append(turn(states).reshape(-1, *states.shape[2:]))
     return tuple(made)
 
 

@@ -238,14 +238,14 @@ def halves(fill: jax.Array | None, plan: Plan) -> jax.Array:
     else:
         fill = fill.reshape(plan.batch, plan.heads, plan.chunks, CHUNK)
     none = jnp.zeros((*fill.shape[:3], FILL - 2, CHUNK), jnp.bfloat16)
-    return jnp.concatenate([jnp.moveaxis(in_parts(fill), 0, 3), none], axis=3)
+    return jnp.concatenate([in_parts(fill, axis=3), none], axis=3)
 
 
-def in_parts(x: jax.Array) -> jax.Array:
-    """float32 x as bfloat16 [2, ...], to 16 bits: x rounded, and what is left.
+def in_parts(x: jax.Array, *, axis: int = 0) -> jax.Array:
+    """float32 x as bfloat16 to 16 bits, along a new axis: x rounded, and what is left.
 
     Outside of kernels: XLA for a GPU takes float32 -> bfloat16 -> float32 for nothing, and what is
     left would be 0, unless rounding is said.
     """
     high = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-    return jnp.stack([high, x - high]).astype(jnp.bfloat16)
+    return jnp.stack([high, x - high], axis=axis).astype(jnp.bfloat16)
