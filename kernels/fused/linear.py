@@ -42,6 +42,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from kernels.divide import by_batch
+from kernels.fused.packed import both_ways
 from kernels.fused.passes import (
     Entry,
     How,
@@ -119,7 +120,7 @@ def refuse_linear(q, k, v, *, features, log_scale, mask: Mask, chunk: int) -> st
     """Why no kernel takes this call of `linear`, and what to do; None where one does."""
     if features is not None:
         (q, _), (k, _) = (_features_shape(features, x) for x in (q, k))
-    return _refuse(q, k, v, None, mask)
+    return _refuse(q, k, v, None)
 
 
 def refuse_causal(q, k, v, state, *, features, log_scale, mask: Mask, chunk: int) -> str | None:
@@ -129,23 +130,21 @@ def refuse_causal(q, k, v, state, *, features, log_scale, mask: Mask, chunk: int
 
 def refuse_gated(q, k, v, log_decay, *, mask: Mask, chunk: int, state) -> str | None:
     """Why no kernel takes this call of `gated`, and what to do; None where one does."""
-    return _refuse(q, k, v, None, mask)
+    return _refuse(q, k, v, None)
 
 
 def refuse_favor(q, k, v, weight, *, mask: Mask) -> str | None:
     """Why no kernel takes this call of `favor`, and what to do; None where one does."""
-    return _refuse(q, k, v, weight.shape[0], mask)
+    return _refuse(q, k, v, weight.shape[0])
 
 
 def _features_shape(features: Callable, x):
     return jax.eval_shape(features, x, jax.ShapeDtypeStruct(x.shape[:2], jnp.int32))
 
 
-def _refuse(q, k, v, rank: int | None, mask: Mask) -> str | None:
+def _refuse(q, k, v, rank: int | None) -> str | None:
     if reason := refuse_kernels():
         return reason
-    if mask.segments is not None and not mask.causal:
-        return "the fused kernels take segments with a causal mask only: use backend='xla'"
     heads = max(x.shape[2] for x in (q, k, v))
     if any(heads % x.shape[2] for x in (q, k, v)):
         counts = [x.shape[2] for x in (q, k, v)]
@@ -171,6 +170,9 @@ def _linear(q, k, v, log_scale, mask: Mask, weight=None, *, half=None):
     if mask.causal:
         tokens, how = _in_chunks(q, k, v, log_scale, mask, weight, half)
         return causal_pass(how, tokens, None)[0][:, : q.shape[1]]
+    if mask.segments is not None:
+        run = functools.partial(_linear, weight=weight, half=half)
+        return both_ways(run, q, k, v, log_scale, mask)
     q, k, v, log_scale = _seen(q, k, v, log_scale, mask, scaled=weight is not None)
     length, rank = q.shape[1], k.shape[3] if weight is None else weight.shape[0]
     chunk, of_keys = (_chunk_length(x.shape[1], rank, v.shape[3]) for x in (q, k))

@@ -6,7 +6,8 @@ all keys fit on chip (`RESIDENT`), they stay and the queries stream in `forward`
 exponential, no rescaling.
 
 Products take bfloat16 and give float32; softmax is in float32 and in base 2. Weights are rounded to
-bfloat16 before they meet the values or, backward, the gradients.
+bfloat16 before they meet the values or, backward, the gradients. Head dims that are not of `TABLE`
+are filled up with zeros, in copies of q, k and v.
 """
 
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import tuned
 from kernels.fused.softmax import Tiles, Window
+from kernels.pallas_gpu.fit import filled, whole
 from kernels.pallas_gpu.resident import (
     LOG2E,
     PROCESSORS,
@@ -93,10 +95,10 @@ def refuse(q, k, v, *, causal, window, segments, keys, resident) -> str | None:
             f"the Hopper softmax kernels multiply in bfloat16, the inputs are {q.dtype}; cast them "
             "to bfloat16 or take backend='xla'"
         )
-    if q.shape[-1] not in TABLE:
+    if q.shape[-1] > max(TABLE):
         return (
-            f"the Hopper softmax kernels take a head dim of {' or '.join(map(str, TABLE))}, not "
-            f"{q.shape[-1]}: others spill or were not tried; take backend='xla' or 'cudnn'"
+            f"the Hopper softmax kernels take a head dim of up to {max(TABLE)}, not "
+            f"{q.shape[-1]}; take backend='xla' or 'cudnn'"
         )
     return None
 
@@ -105,9 +107,12 @@ def forward(
     q, k, v, *, scale: float, causal, window: Window, segments, keys, tiles: Tiles, interpret
 ) -> tuple[jax.Array, jax.Array]:
     """out [B,T,H,D] and lse float32 [B,H,T]; see `kernels.fused.softmax`."""
+    channels = q.shape[3]
+    q, k, v = (filled(x, 3, whole(channels)) for x in (q, k, v))
     dense = not causal and window is None and segments is None and scale > 1e-6  # mask: -1e30 / it
     if tiles.k == k.shape[1] <= RESIDENT and dense:
-        return resident_forward(q, k, v, scale=scale, keys=keys, interpret=interpret)
+        out, lse = resident_forward(q, k, v, scale=scale, keys=keys, interpret=interpret)
+        return out[..., :channels], lse
     batch, queries, heads, dim = q.shape
     blocks, (mine, theirs) = blocks_of(dim), _ids(segments, keys, queries)
     count = queries // TILE
@@ -141,10 +146,11 @@ def forward(
         acc, top, total = loop(step, (constant(0.0, (HEIGHT, dim)), top, total))
         finish(acc, top, total, index[:3], outputs, result, sums)
 
-    return run(
+    out, lse = run(
         sweep, body, (q, *mine), ((k, *theirs), (v,)), out=results(dim, v.dtype), operand=v.dtype,
         out_type=types(q, v.dtype),
     )  # fmt: skip
+    return out[..., :channels], lse
 
 
 def backward(
@@ -153,15 +159,18 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """dq, dk, dv of `forward`, whose results are out and lse; dlse may be None."""
     del tiles
-    blocks, live = blocks_of(q.shape[-1]), lse > -jnp.inf
     delta = jnp.einsum("bthd,bthd->bht", out, dout, preferred_element_type=jnp.float32)
+    channels = q.shape[3]
+    q, k, v, dout = (filled(x, 3, whole(channels)) for x in (q, k, v, dout))
+    blocks, live = blocks_of(q.shape[-1]), lse > -jnp.inf
     delta = jnp.where(live, delta if dlse is None else delta - dlse, 0.0)
     lse = jnp.where(live, lse * LOG2E, -HIDDEN)  # weights of exp2(-1e30) = 0
     given = q, k, v, dout, lse, delta
     options = {"scale": scale, "ids": _ids(segments, keys, q.shape[1]), "interpret": interpret}
     band = _band(causal, window, q.shape[1])
     dq = _dq(*given, band=band, block=blocks.dq, **options)
-    return dq, *_dkv(*given, band=band.turned(), block=blocks.dkv, **options)
+    dkv = _dkv(*given, band=band.turned(), block=blocks.dkv, **options)
+    return tuple(x[..., :channels] for x in (dq, *dkv))
 
 
 def _dq(q, k, v, dout, lse, delta, *, scale, band: Band, ids, block: int, interpret) -> jax.Array:

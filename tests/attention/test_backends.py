@@ -28,7 +28,7 @@ ON_TPU = (
 IN_BFLOAT16 = (
     "softmax", "linear", "performer(features=128)", "linformer(rank=64)", "mamba2", "gla",
     "gated_delta", "local(window=64)", "longformer(window=64)",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("cosformer", "retention")),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("cosformer", "retention", "lsra")),
 )  # fmt: skip
 LENGTH = 20
 CHIPS = [("tpu", "tpu", "tpu_custom_call"), ("hopper", "cuda", "mosaic_gpu")]

@@ -16,8 +16,6 @@ from kernels.target import use
 from tests import support
 from tests.kernels.compare import arrays
 
-REFUSED = {"segments"}
-"""Masks that the kernels leave to XLA."""
 ALL, CAUSAL = Mask(), Mask(causal=True)
 slow = pytest.mark.slow
 

@@ -15,7 +15,6 @@ from tests import support
 from tests.kernels.compare import MASKS, agree, arrays, both, mask_of
 from tests.kernels.fused_linear import (
     CAUSAL,
-    REFUSED,
     by_xla,
     continued,
     decaying,
@@ -41,12 +40,12 @@ pytestmark = pallas
         (257, "all", {"scale": 1.0}),
         pytest.param(100, "causal", {"dim": 64}, marks=slow),
         (63, "padding", {"keys": 300, "dim": 128, "scale": 3.0}),
+        (100, "segments", {"scale": 3.0}),
     ]
     + [
         pytest.param(length, mask, {"dim": dim, "scale": scale}, marks=slow)
         for dim, scale in ((32, 1.0), (64, None), (128, 1.0))
         for mask in MASKS
-        if mask not in REFUSED
         for length in (1, 7, 63, 100, 257)
     ],
 )
@@ -57,12 +56,15 @@ def test_linear(length, mask, how):
 
 @pytest.mark.parametrize(
     ("length", "mask", "rank", "how"),
-    [(257, "all", 100, {"dim": 32}), (63, "padding", 256, {"keys": 200})]
+    [
+        (257, "all", 100, {"dim": 32}),
+        (63, "padding", 256, {"keys": 200}),
+        (100, "segments", 20, {"dim": 32, "groups": 1}),
+    ]
     + [
         pytest.param(length, mask, rank, {"dim": dim, "groups": 1}, marks=slow)
         for rank, dim in ((20, 32), (256, 64), (64, 128))
         for mask in MASKS
-        if mask not in REFUSED
         for length in (1, 7, 63, 100, 257)
     ],
 )

@@ -65,10 +65,11 @@ def test_two_sided(dim):
     ("length", "mask", "key", "value"),
     [
         (40, "causal", 32, 96),
+        (40, "segments", 32, 32),
         *(
             pytest.param(length, mask, 64, 64, marks=slow)
             for length in (7, 100)
-            for mask in ("none", "all")
+            for mask in ("none", "segments", "all")
         ),
     ],
 )
