@@ -255,6 +255,7 @@ SHIPPED = (
     *_cases("gated_delta_rule", (1, 8192, 4, 128), (1, 8192, 4, 64), causal=True),
     *_cases("favor_attention", (1, 8192, 4, 64), (1, 8192, 4, 128), causal=True, rank=256),
     *_cases("favor_attention", (1, 8192, 4, 64), (1, 8192, 4, 128), rank=256),
+    *_cases("favor_attention", (1, 8192, 4, 64), causal=True, rank=266),  # performer's default
     *_cases("linformer_attention", (1, 8192, 4, 64), (1, 8192, 4, 128), rank=256),
     *_cases("window_attention", (1, 8192, 4, 64), (1, 8192, 4, 128), window=512, causal=True),
     *_cases("window_attention", (1, 8192, 4, 128), window=512),

@@ -68,7 +68,7 @@ class Nystrom(Core):
         return Cost(site.width * (4 * length * landmarks + 2 * landmarks**2) + inverse, None)
 
     def __call__(self, q, k, v, *, mask, shared):
-        """In float32 throughout; the output has the dtype of v."""
+        """In float32, but for what landmarks gather of the values, which has their dtype."""
         landmarks = min(self.config.landmarks, q.shape[1])
         valid = jnp.ones(k.shape[:2], bool) if mask.keys is None else mask.keys
         wide = [x.astype(jnp.float32) for x in (q, k, v)]
@@ -83,10 +83,10 @@ class Nystrom(Core):
         both = alive[:, None, None, :] & alive[:, None, :, None]
         middle = masked_softmax(_products("bmhd,bnhd->bhmn", q_marks * scale, k_marks), both)
         near = softmax_attention(
-            q_marks, wide[1], wide[2], mask=Mask(keys=valid), backend=self.site.backend
+            q_marks.astype(v.dtype), k, v, mask=Mask(keys=valid), backend=self.site.backend
         )
         inverse = pseudo_inverse(middle, self.config.iterations)
-        mixed = _products("bhmn,bnhd->bmhd", inverse, near)
+        mixed = _products("bhmn,bnhd->bmhd", inverse, near.astype(jnp.float32))
         out = _products("bhtm,bmhd->bthd", far, mixed)
         return (out + self._skip(wide[2], mask)).astype(v.dtype)
 

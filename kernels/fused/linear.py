@@ -172,7 +172,7 @@ def _linear(q, k, v, log_scale, mask: Mask, weight=None, *, half=None):
         return causal_pass(how, tokens, None)[0][:, : q.shape[1]]
     if mask.segments is not None:
         run = functools.partial(_linear, weight=weight, half=half)
-        return both_ways(run, q, k, v, log_scale, mask)
+        return both_ways(run, q, k, v, log_scale, mask.keys, mask.segments)
     q, k, v, log_scale = _seen(q, k, v, log_scale, mask, scaled=weight is not None)
     length, rank = q.shape[1], k.shape[3] if weight is None else weight.shape[0]
     chunk, of_keys = (_chunk_length(x.shape[1], rank, v.shape[3]) for x in (q, k))

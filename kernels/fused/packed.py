@@ -11,13 +11,16 @@ import jax.numpy as jnp
 from kernels.mask import Mask
 
 
-def both_ways(causal, q, k, v, log_scale, mask: Mask):
-    """causal(q, k, v, log_scale, mask) -> [B, 2T, H, Dv] run for [B, T, H, Dv] without `causal`."""
-    key, query, result = _places(mask.segments)
-    keys = jnp.ones_like(mask.segments, bool) if mask.keys is None else mask.keys
+def both_ways(causal, q, k, v, log_scale, keys, segments: jax.Array):
+    """The [B, T, H, Dv] of segments [B, T], by causal(q, k, v, log_scale, mask) of 2T tokens.
+
+    keys: bool [B, T], False where a key is padding, or None.
+    """
+    key, query, result = _places(segments)
+    keys = jnp.ones_like(segments, bool) if keys is None else keys
     k, v, keys = (_at(key, x) for x in (k, v, keys))
     log_scale = None if log_scale is None else _at(key, log_scale)
-    twice = Mask(causal=True, keys=keys, segments=jnp.repeat(mask.segments, 2, axis=1))
+    twice = Mask(causal=True, keys=keys, segments=jnp.repeat(segments, 2, axis=1))
     return _at(result, causal(_at(query, q), k, v, log_scale, twice))
 
 

@@ -2,10 +2,11 @@
 
 The kernel makes 128 features of 64 or 128 channels, for values of 64. All else is exact around it:
 
-- More features are made by several runs, whose float32 results are added up.
+- More features are made by several runs, whose float32 results are added up; of those that the
+  last of them makes too many are 0.
 - 128 channels of values are two heads of 64 that share all but them. Outputs lie side by side;
   a gradient of what features are made of, being linear in values, is the sum of both.
-- 32 channels are filled up with zeros, which change neither <x, w> nor |x|^2.
+- Other numbers of channels are filled up with zeros, which change neither <x, w> nor |x|^2.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from kernels.fused.passes import LEAST
 from kernels.pallas_gpu.favor_body import WORK
 from kernels.pallas_gpu.favor_plan import RANK, Plan
-from kernels.pallas_gpu.fit import filled
+from kernels.pallas_gpu.fit import filled, whole
 from kernels.pallas_gpu.pipeline import run
 from kernels.pallas_gpu.plan import MEMORY, WIDTH, Role, in_parts
 
@@ -50,9 +51,10 @@ def favor(
     """
     depth, of_values = weight.shape[1], x if role.own else z
     values = (state[0] if of_values is None else of_values).shape[-1]
-    x, y, z, own, weight = (filled(a, -1, WIDTH) for a in (x, y, z, own, weight))
+    fit = whole(depth)
+    x, y, z, own, weight = (filled(a, -1, fit) for a in (x, y, z, own, weight))
     if state is not None:
-        state = filled(state[0], 2 if role.own else 3, WIDTH), state[1]
+        state = filled(state[0], 2 if role.own else 3, fit), state[1]
     named = {name: a for name, a in (vectors or {}).items() if a is not None}
     named |= {f"offset_{name}": a for name, a in offsets.items()}
     call = _Call(role, x, y, z, own, heads, named, fill, segments, state)
@@ -138,16 +140,18 @@ def _together(role: Role, made: SimpleNamespace, parts: int) -> SimpleNamespace:
 
 def _in_blocks(call: _Call, weight, half: float, interpret, *, add: bool) -> SimpleNamespace:
     """The kernel for as many features as there are; in float32 if some, or if `add`, add up."""
-    both = in_parts(weight)
-    blocks = [slice(at, at + RANK) for at in range(0, weight.shape[0], RANK)]
+    rank = weight.shape[0]
+    blocks = [slice(at, at + RANK) for at in range(0, rank, RANK)]
     role = dataclasses.replace(call.role, raw=call.role.out and (add or len(blocks) > 1))
-    made = []
+    axis, made = 3 if role.own else 2, []
     for block in blocks:
-        S_at = (slice(None),) * (3 if role.own else 2) + (block,)
-        state = None if call.state is None else (call.state[0][S_at], call.state[1][:, :, block])
+        state = call.state
+        if state is not None:
+            S = state[0][(slice(None),) * axis + (block,)]
+            state = filled(S, axis, RANK), filled(state[1][:, :, block], 2, RANK)
         part = call._replace(role=role, state=state)
-        made.append(_run(part, both[:, block], half, interpret))
-    joined = {name: _joined([m.get(name) for m in made], name) for name in NAMES}
+        made.append(_run(part, weight[block], half, interpret))
+    joined = {name: _joined([m.get(name) for m in made], name, rank) for name in NAMES}
     if role.divide and role.raw:
         den = jnp.moveaxis(joined["den"], 1, 2)[..., None]
         dead = jnp.abs(den) <= LEAST
@@ -155,22 +159,25 @@ def _in_blocks(call: _Call, weight, half: float, interpret, *, add: bool) -> Sim
     return SimpleNamespace(**joined)
 
 
-def _joined(parts: list, name: str):
+def _joined(parts: list, name: str, rank: int):
     """S and n of all features side by side, else a sum; None where there are none."""
     if parts[0] is None:
         return None
-    return jnp.concatenate(parts, axis=2) if name in ("S", "n") else sum(parts[1:], parts[0])
+    if name in ("S", "n"):
+        return jnp.concatenate(parts, axis=2)[:, :, :rank]
+    return sum(parts[1:], parts[0])
 
 
 def _run(call: _Call, weight, half: float, interpret) -> dict[str, jax.Array]:
-    """One kernel; weight [2, 128, D] is the sum of two parts."""
+    """One kernel, of the features of weight [R, D], up to 128."""
     role, some = call.role, call.x if call.x is not None else call.y
     width = call.own.shape[-1] if role.own else WIDTH
     plan = Plan(
         role, *some.shape[:2], call.heads, some.shape[-1], width, tuple(sorted(call.vectors)),
         stages=2, segments=call.segments is not None, state=call.state is not None, half=half,
+        features=weight.shape[0],
     )  # fmt: skip
     assert plan.bytes <= MEMORY, plan
     arrays = {"x": call.x, "y": call.y, "z": call.z, "own": call.own}
-    arrays |= {"segments": call.segments, "weight": weight}
+    arrays |= {"segments": call.segments, "weight": in_parts(filled(weight, 0, RANK))}
     return run(WORK, plan, arrays, call.vectors, call.fill, call.state, interpret)

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.fused.passes import LEAST
-from kernels.pallas_gpu.favor_plan import Plan
+from kernels.pallas_gpu.favor_plan import RANK, Plan
 from kernels.pallas_gpu.feed import chunk_of
 from kernels.pallas_gpu.pipeline import Work, vector_of, weights
 from kernels.pallas_gpu.plan import CHUNK, WIDTH, WORKERS
@@ -82,7 +82,11 @@ def _features(plan: Plan, r, at, name: str):
     x = getattr(r, f"{name}_s").at[at.slot, at.tile]
     parts = (r.weight_s.at[at.warpgroup, part].transpose((1, 0)) for part in range(2))
     logits = matmul((CHUNK, WIDTH), *((x, w) for w in parts))
-    return jnp.exp(logits - by_row(vector_of(plan, r, at, f"offset_{name}", ROWS), WIDTH))
+    phi = jnp.exp(logits - by_row(vector_of(plan, r, at, f"offset_{name}", ROWS), WIDTH))
+    if plan.features == RANK:
+        return phi
+    numbers = by_column(plgpu.load(r.numbers_s.at[at.warpgroup], layout=COLUMNS), CHUNK)
+    return jnp.where(numbers < plan.features - at.index * WIDTH, phi, 0.0)
 
 
 def _left(r, at, a, index: int, interpret):

@@ -17,9 +17,13 @@ RANK = WORKERS * WIDTH
 
 @dataclasses.dataclass(frozen=True)
 class Plan(plans.Plan):
-    """The sizes of one call. depth: channels of x and y; width: of z, own and the result."""
+    """The sizes of one call.
+
+    depth: channels of x and y; width: of z, own and the result. features: that are not 0, of RANK.
+    """
 
     half: float
+    features: int
 
     @property
     def gradient(self) -> bool:

@@ -23,10 +23,8 @@ from kernels.pallas_gpu.plan import CHUNK, Role
 from kernels.pallas_gpu.stream import stream
 
 SHIFTS_QUERIES = True
-DEPTHS = (32, 64, 128)
-"""Channels of a head whose features the kernels make."""
-RANKS = (128, 256, 512)
-"""Features that they make."""
+MOST_FEATURES = 640
+"""That the kernels make: `log_scale` holds the projection of 128 channels on chip."""
 
 __all__ = [
     "CHUNK",
@@ -49,21 +47,21 @@ def refuse(q, k, v, *, rank: int | None = None) -> str | None:
     """
     if reason := refuse_dtype(q=q, k=k, v=v):
         return reason
-    if rank is not None and rank not in RANKS:
+    if rank is not None and rank > MOST_FEATURES:
         return (
-            f"there are {rank} features; the Hopper kernels make {' or '.join(map(str, RANKS))}: "
+            f"there are {rank} features; the Hopper kernels make up to {MOST_FEATURES}: "
             "use backend='xla'"
         )
     widths = k.shape[-1], v.shape[-1]
-    if rank is None and max(widths) > WIDTHS[-1]:
+    if max(widths) > WIDTHS[-1]:
         return (
             f"k and v have {widths[0]} and {widths[1]} channels a head; the Hopper kernels take up "
             f"to {WIDTHS[-1]}: use backend='xla'"
         )
-    if rank is not None and (widths[0] != widths[1] or widths[0] not in DEPTHS):
+    if rank is not None and widths[0] != widths[1]:
         return (
             f"k and v have {widths[0]} and {widths[1]} channels a head; the Hopper kernels make "
-            f"features of {' or '.join(map(str, DEPTHS))}, for values of as many: use backend='xla'"
+            "features for values of as many channels as keys: use backend='xla'"
         )
     return None
 

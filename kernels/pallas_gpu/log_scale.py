@@ -8,10 +8,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.pallas_gpu.fit import filled
+from kernels.pallas_gpu.fit import filled, whole
 from kernels.pallas_gpu.launch import launch
 from kernels.pallas_gpu.pipeline import PARAMS
-from kernels.pallas_gpu.plan import CHUNK, WIDTH
+from kernels.pallas_gpu.plan import CHUNK
 from kernels.pallas_gpu.wgmma import ROWS, constant, matmul, shared
 
 BLOCK = 128
@@ -24,7 +24,9 @@ def log_scale(x: jax.Array, weight: jax.Array, half: float, *, interpret: Any) -
     The weight is rounded to bfloat16: any number near the largest exponent serves as well.
     """
     square = half_square(x, half)
-    x, weight = filled(x, -1, WIDTH), filled(weight, -1, WIDTH).astype(jnp.bfloat16)
+    fit = whole(x.shape[-1])
+    x, weight = filled(x, -1, fit), filled(weight, -1, fit).astype(jnp.bfloat16)
+    weight = jnp.pad(weight, [(0, -weight.shape[0] % BLOCK), (0, 0)], mode="edge")
     batch, length, heads, depth = x.shape
     chunks, blocks = length // CHUNK, weight.shape[0] // BLOCK
     several = next(n for n in (8, 4, 2, 1) if chunks % n == 0)

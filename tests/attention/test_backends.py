@@ -28,7 +28,8 @@ ON_TPU = (
 IN_BFLOAT16 = (
     "softmax", "linear", "performer(features=128)", "linformer(rank=64)", "mamba2", "gla",
     "gated_delta", "local(window=64)", "longformer(window=64)",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("cosformer", "retention", "lsra")),
+    *(pytest.param(name, marks=pytest.mark.slow)
+      for name in ("cosformer", "retention", "lsra", "performer", "nystrom")),
 )  # fmt: skip
 LENGTH = 20
 CHIPS = [("tpu", "tpu", "tpu_custom_call"), ("hopper", "cuda", "mosaic_gpu")]
@@ -107,7 +108,7 @@ def lowered(name: str, expression: str, chip: str, platform: str, *, length: int
 )
 @pytest.mark.parametrize("expression", IN_BFLOAT16)
 def test_a_training_step_in_bfloat16_runs_kernels(expression, chip, platform, call):
-    name = "encoder" if "linformer" in expression else "causal_lm"
+    name = "encoder" if expression.startswith(("linformer", "nystrom")) else "causal_lm"
     assert call in lowered(name, expression, chip, platform, length=128)
 
 

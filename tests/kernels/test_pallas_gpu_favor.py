@@ -28,8 +28,10 @@ slow = pytest.mark.slow
     "dim, rank",
     [
         (64, 128),
-        *(pytest.param(*sizes, marks=slow) for sizes in [(64, 256), (64, 512)]),
+        (24, 70),
+        *(pytest.param(*sizes, marks=slow) for sizes in [(64, 256), (64, 266), (64, 512)]),
         *(pytest.param(*sizes, marks=slow) for sizes in [(32, 128), (128, 128), (128, 256)]),
+        pytest.param(96, 621, marks=slow),
     ],
 )
 def test_favor(dim, rank):
@@ -46,7 +48,7 @@ def test_many_chunks(dim):
 
 
 @slow
-@pytest.mark.parametrize("dim, rank", [(64, 128), (32, 128), (128, 128), (64, 512)])
+@pytest.mark.parametrize("dim, rank", [(64, 128), (32, 128), (96, 20), (128, 128), (64, 512)])
 def test_two_sided(dim, rank):
     check_two_sided(dim, rank)
 
@@ -56,7 +58,7 @@ def test_two_sided_of_grouped_values():
     check_two_sided(128, 256, heads=(2, 2, 1))
 
 
-@pytest.mark.parametrize("dim, rank", [(64, 128), (32, 512)])
+@pytest.mark.parametrize("dim, rank", [(64, 128), (32, 512), (96, 266)])
 def test_log_scale(dim, rank):
     x = draw(dim, 192, positive=False)[0]
     weight = jnp.asarray(np.random.default_rng(3).standard_normal((rank, dim)), jnp.bfloat16)

@@ -104,7 +104,6 @@ def test_odd_lengths_and_widths(length, mask, key, value):
         ("float16", (64, 64), None, "bfloat16"),
         ("bfloat16", (192, 64), None, "192 and 64 channels"),
         ("bfloat16", (64, 256), None, "64 and 256 channels"),
-        ("bfloat16", (64, 64), 64, "64 features"),
         ("bfloat16", (64, 64), 1024, "1024 features"),
         ("bfloat16", (32, 64), 128, "32 and 64 channels"),
         ("bfloat16", (256, 256), 128, "256 and 256 channels"),
@@ -117,7 +116,7 @@ def test_refuses(dtype, dims, rank, word):
 
 
 @pytest.mark.parametrize(
-    "dim, rank", [(24, None), (64, None), (128, None), (32, 128), (64, 256), (128, 256), (64, 512)]
+    "dim, rank", [(24, None), (64, None), (128, None), (24, 128), (64, 20), (128, 256), (64, 266)]
 )
 def test_takes(dim, rank):
     x = jax.ShapeDtypeStruct((1, 64, 2, dim), jnp.bfloat16)
