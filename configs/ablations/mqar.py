@@ -12,7 +12,7 @@ tokens, 1,000 steps), or of width 128 with one ("paper", the setting of figure 2
 256 tokens). Sizes of state come from options of the mechanisms themselves, and are what decoding
 holds after the whole sequence, keys and values of softmax included.
 
-Cost: 1 to 4 minutes a row at small on two CPU cores. Expect: attention recalls all; a mechanism
+Cost: 1 to 3 minutes a run at small on a CPU core, 13 of Taylor's features. Expect: attention recalls all; a mechanism
 with more state recalls no less; a state that can be overwritten (gated_delta) recalls more than one
 that only adds up (linear) of the same size.
 
@@ -93,15 +93,20 @@ def _more_state_helps(results: Results) -> bool:
 
 
 def _draw(results: Results, axes) -> None:
-    """Recall over bytes; a line joins the sizes of one family."""
+    """Recall and its deviation over bytes; a line joins the sizes of one family."""
     for i, (name, family) in enumerate(FAMILIES.items()):
         points = sorted(
-            (results.mean(label, "state_bytes"), 100 * results.mean(label, "accuracy"))
+            (
+                results.mean(label, "state_bytes"),
+                100 * results.mean(label, "accuracy"),
+                100 * (results.deviation(label, "accuracy") or 0.0),
+            )
             for label in family
             if results.values(label, "state_bytes")
         )
         if points:
-            axes.plot(*zip(*points, strict=True), f"C{i}o-", ms=5, label=name)
+            x, y, error = zip(*points, strict=True)
+            axes.errorbar(x, y, error, fmt=f"C{i}o-", ms=5, capsize=2, label=name)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="state, bytes a layer", ylabel="values recalled, %", ylim=(-3, 103))
     axes.legend()
