@@ -12,9 +12,9 @@ tokens, 1,000 steps), or of width 128 with one ("paper", the setting of figure 2
 256 tokens). Sizes of state come from options of the mechanisms themselves, and are what decoding
 holds after the whole sequence, keys and values of softmax included.
 
-Cost: 1 to 3 minutes a run at small on a CPU core, 13 of Taylor's features. Expect: attention recalls all; a mechanism
-with more state recalls no less; a state that can be overwritten (gated_delta) recalls more than one
-that only adds up (linear) of the same size.
+Cost: 1 to 3 minutes a run at small on a CPU core, 13 of Taylor's features. Expect: attention
+recalls all; a mechanism with more state recalls no less; a state that can be overwritten
+(gated_delta) recalls more than one that only adds up (linear) of the same size.
 
 Trap: the rate, 3e-3 (1e-3 at paper), is one for all, where the paper takes the best of four.
 A window of 16 in two layers reaches 30 tokens back, nearly all of the 32 at small.

@@ -43,8 +43,9 @@ paper's numbers beside ours. `--scale=smoke` shows in seconds that it runs, `sma
 cores, `paper` has the paper's sizes and wants an accelerator. `--dry_run` tells rows, parameters,
 operations and time before anything is run; `--seeds=3` gives deviations; `--only='linear*'` takes
 some of the rows. The same command may be killed and repeated: what is finished is not run again.
-`--adopt=docs/results/NAME-small.jsonl` takes what stands in these results for finished: with more
-seeds only those are run.
+`--adopt docs/results/NAME-small.jsonl` takes what stands in these results for finished: with more
+seeds only those are run. So are rows taken together that several machines ran, each its own by
+`--only`: `--adopt A/results.jsonl B/results.jsonl`.
 
     python -m efficient_attn.tools.ablate --config=configs/ablations/NAME.py --scale=small --seeds=3
     python -m efficient_attn.tools.report runs/ablations     # gathers all into docs/results

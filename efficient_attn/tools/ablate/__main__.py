@@ -2,12 +2,14 @@
 
     python -m efficient_attn.tools.ablate --config=configs/ablations/NAME.py[:ARGUMENT]
         [--scale=smoke|small|paper] [--seeds=N] [--only=PATTERN] [--workdir=DIR]
-        [--processes=N] [--adopt=FILE] [--dry_run]
+        [--processes=N] [--dry_run] [--adopt FILE ...]
 
 Finished rows are not run again, and a training that was stopped goes on: the same command may be
 killed and repeated at will. A row that fails is told, and the others go on. With
---adopt=docs/results/NAME-SCALE.jsonl rows published there, of the same label and overrides, count
-as finished; whether all else in their config was as it is now, their commit tells.
+--adopt docs/results/NAME-SCALE.jsonl rows published there, of the same label and overrides, count
+as finished; whether all else in their config was as it is now, their commit tells. So do those of
+other work directories, --adopt A/results.jsonl B/results.jsonl, where several machines each took
+some rows by --only.
 """
 
 import argparse
@@ -46,8 +48,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--only", default="*", help="rows whose label matches, such as 'linear*'")
     parser.add_argument("--workdir", help="runs/ablations/NAME-SCALE unless given")
     parser.add_argument("--processes", type=int, help="rows at once: one for each GPU, or 1")
-    parser.add_argument("--adopt", type=Path, help="records of the same sweep, not to be run again")
     parser.add_argument("--dry_run", action="store_true", help="rows and costs; nothing is run")
+    parser.add_argument(
+        "--adopt", type=Path, nargs="+", default=(), metavar="FILE",
+        help="records of the same sweep, not to be run again",
+    )  # fmt: skip
     given, strange = _parse(parser, argv[1:])
     require(not strange, f"unknown flag {' '.join(strange)}; see --help")
     require(bool(given.config), f"name an ablation with --config=FILE\n{listing()}")
@@ -60,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
     asked = Asked(
         spec=given.config, scale=given.scale, seeds=given.seeds, only=given.only,
         workdir=Path(given.workdir or f"runs/ablations/{name}-{given.scale}"),
-        processes=processes, dry_run=given.dry_run, adopt=given.adopt,
+        processes=processes, dry_run=given.dry_run, adopt=tuple(given.adopt),
         command="python -m efficient_attn.tools.ablate " + shlex.join(argv[1:]),
     )  # fmt: skip
     if processes == 0:

@@ -27,7 +27,7 @@ ABOUT = "sweep.json"
 class Asked:
     """What the command line asks for; `processes` None is one for each GPU, 0 is this process.
 
-    adopt: another sweep's results.jsonl.
+    adopt: results.jsonl of other work directories.
     """
 
     spec: str
@@ -38,7 +38,7 @@ class Asked:
     processes: int | None
     dry_run: bool
     command: str
-    adopt: Path | None = None
+    adopt: Sequence[Path] = ()
 
 
 def ablate(asked: Asked, console: Console | None = None) -> bool:
@@ -53,7 +53,7 @@ def ablate(asked: Asked, console: Console | None = None) -> bool:
     known = ", ".join(label for label, _ in sweep.rows)
     require(bool(chosen), f"--only={asked.only!r} matches none of the rows: {known}")
     place = Place(asked.workdir, sweep)
-    adopted = _adopted(asked)
+    adopted = {file: _adopted(asked, file) for file in asked.adopt}
     if asked.dry_run:
         require(not adopted, "--dry_run keeps nothing; leave out --adopt")
         console.print(estimate(place, chosen, asked.seeds), markup=False)
@@ -62,9 +62,9 @@ def ablate(asked: Asked, console: Console | None = None) -> bool:
     refused = weigh(sweep, chosen)[1] if sweep.equal_parameters is not None else {}
     with place.hold():
         _check(place, asked)
-        if adopted:
-            kept = place.adopt(adopted)
-            console.print(f"{kept} of {len(adopted)} runs taken from {asked.adopt}", markup=False)
+        for file, records in adopted.items():
+            kept = place.adopt(records)
+            console.print(f"{kept} of {len(records)} runs taken from {file}", markup=False)
         write_json(place.path / ABOUT, _about(asked, sweep))
         _run(asked, place, tasks, set(refused), console)
         failed = place.failures()
@@ -94,18 +94,16 @@ def _check(place: Place, asked: Asked) -> None:
         )
 
 
-def _adopted(asked: Asked) -> list[Record]:
-    """The records to adopt, if any; their sweep may have had its data elsewhere.
+def _adopted(asked: Asked, adopted: Path) -> list[Record]:
+    """The records of a file to adopt; their sweep may have had its data elsewhere.
 
     Raises:
         UserError: they are missing or damaged, or of another ablation, argument or scale.
     """
-    if asked.adopt is None:
-        return []
-    records = read_records(asked.adopt)
-    page = asked.adopt.name != "results.jsonl"
-    file = asked.adopt.with_suffix(".json") if page else asked.adopt.with_name(ABOUT)
-    require(file.is_file(), f"{file} is missing, which says what {asked.adopt} is of; copy both")
+    records = read_records(adopted)
+    page = adopted.name != "results.jsonl"
+    file = adopted.with_suffix(".json") if page else adopted.with_name(ABOUT)
+    require(file.is_file(), f"{file} is missing, which says what {adopted} is of; copy both")
     about = read_json(file)
     whole = isinstance(about, dict) and {"spec", "scale"} <= about.keys()
     require(whole, f"{file} is damaged: it has no spec and scale; run its sweep again")
@@ -113,7 +111,7 @@ def _adopted(asked: Asked) -> list[Record]:
                                ("scale", about["scale"], asked.scale)):  # fmt: skip
         require(
             _without_paths(theirs) == _without_paths(mine),
-            f"{asked.adopt} is of --{flag}={theirs}, not {mine}",
+            f"{adopted} is of --{flag}={theirs}, not {mine}",
         )
     return records
 
@@ -171,7 +169,7 @@ def _about(asked: Asked, sweep: Sweep) -> dict[str, Any]:
     """What sweep.json has while the rows run; its claims and failures come when they have ended."""
     return asdict(asked) | {
         "workdir": str(asked.workdir),
-        "adopt": asked.adopt and str(asked.adopt),
+        "adopt": [str(file) for file in asked.adopt],
         "title": sweep.title,
         "source": sweep.source,
         "rows": [label for label, _ in sweep.rows],
