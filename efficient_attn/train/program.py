@@ -133,7 +133,8 @@ def _try_out(program: Program, experiment: Experiment, source: Source) -> None:
     try:
         program.trace(program.abstract, batch)
     except NotImplementedError as error:
-        raise UserError(f"config.backend={experiment.backend!r}: {error}") from error
+        said = f"config.backend={experiment.backend!r}, train.dtype={experiment.train.dtype!r}"
+        raise UserError(f"{said}: {error}") from error
 
 
 def compile_for(

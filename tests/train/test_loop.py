@@ -198,12 +198,13 @@ def test_another_config_is_refused_and_replace_moves_the_run_aside(unbroken, tmp
         ({"model": {"heads": 3}}, "3"),
         ({"model": {"patch": 3}}, "patches of 3 do not tile"),
         ({"model": {"name": "encoder", "patch": 2}}, "patch"),
+        ({"backend": "pallas"}, r"backend='pallas', train.dtype='float32': softmax.* this cpu"),
     ],
 )
 def test_a_model_that_cannot_be_is_refused_before_anything_is_written(change, says, tmp_path):
     config = experiment()
     options = configs.to_dict(config)
-    options["attention"] = change.get("attention", options["attention"])
+    options |= {name: value for name, value in change.items() if name != "model"}
     options["model"] |= change.get("model", {})
     with pytest.raises(UserError, match=says):
         run(configs.resolve(options), tmp_path / "run")
