@@ -209,7 +209,6 @@ def test_no_array_of_features_is_written_out():
 @pytest.mark.parametrize(
     ("reason", "call"),
     [
-        ("segments", lambda x: linear(**x, mask=Mask(segments=jnp.zeros((4, 9), jnp.int32)))),
         ("float16", lambda x: linear(**{n: y.astype(jnp.float16) for n, y in x.items()},
                                      mask=ALL)),
         ("512", lambda x: favor(**x, weight=np.ones((600, 32)), mask=CAUSAL)),
