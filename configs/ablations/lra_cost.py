@@ -6,7 +6,9 @@ Tay et al. 2020 (arXiv 2011.04006), table 2.
 
 Four CPU minutes at small (one layer, 1K and 4K; time at 1K). "paper" has the 6 layers and 2
 examples, its share of 32 on one of 16 chips; it takes time everywhere. Expect the orders of growth
-to hold, and no speed of a busy CPU to mean much.
+to hold, and no speed of a busy CPU to mean much. Two claims fail for what ours are: the Synthesizer
+does not hold its T x T weights at 4K, and Reformer, with one projection less, has the fewest
+multiply-adds.
 
 Two published cells look like misprints: the Synthesizer's speed at 3K (2.9, which is Sinkhorn's)
 and Linformer's memory at 3K (0.99 GB, which is that of 4K). As released, Linformer has rank 16
