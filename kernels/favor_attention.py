@@ -185,7 +185,7 @@ def _refuse(q, k, v, projection, *, feature_map, mask, learn_projection, chunk):
     if learn_projection:
         return "the fused kernels give the projection no gradient: use backend='xla'"
     rows = jax.eval_shape(lambda w: _weight(w, feature_map), projection)
-    return fused_linear.refuse_favor(q, k, v, rows, mask=mask)
+    return fused_linear.refuse_favor(q, k, v, rows)
 
 
 def _refuse_causal(q, k, v, projection, state, *, feature_map, mask, learn_projection, chunk):

@@ -66,6 +66,7 @@ def linear(q, k, v, *, features, log_scale, mask: Mask, chunk: int):
     Products are made in v's dtype, sums held in float32. `features`, being Python, are made of all
     queries and keys before the kernels run, and rounded to v's dtype; FAVOR+'s, of which there are
     many, are made inside them by `favor`. Chunks have the chip's own length, not `chunk`.
+    Segments without a causal mask take two causal passes' work, see `kernels.fused.packed`.
     """
     q, k, log_scale = _featured(q, k, features, log_scale)
     return by_batch(_linear, q, k, v, log_scale, mask)
@@ -133,7 +134,7 @@ def refuse_gated(q, k, v, log_decay, *, mask: Mask, chunk: int, state) -> str | 
     return _refuse(q, k, v, None)
 
 
-def refuse_favor(q, k, v, weight, *, mask: Mask) -> str | None:
+def refuse_favor(q, k, v, weight) -> str | None:
     """Why no kernel takes this call of `favor`, and what to do; None where one does."""
     return _refuse(q, k, v, weight.shape[0])
 

@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import tuned
 from kernels.fused.softmax import Tiles, Window
-from kernels.pallas_gpu.fit import filled, whole
+from kernels.pallas_gpu.fit import WIDTHS, filled, whole
 from kernels.pallas_gpu.resident import (
     LOG2E,
     PROCESSORS,
@@ -95,9 +95,9 @@ def refuse(q, k, v, *, causal, window, segments, keys, resident) -> str | None:
             f"the Hopper softmax kernels multiply in bfloat16, the inputs are {q.dtype}; cast them "
             "to bfloat16 or take backend='xla'"
         )
-    if q.shape[-1] > max(TABLE):
+    if q.shape[-1] > WIDTHS[-1]:
         return (
-            f"the Hopper softmax kernels take a head dim of up to {max(TABLE)}, not "
+            f"the Hopper softmax kernels take a head dim of up to {WIDTHS[-1]}, not "
             f"{q.shape[-1]}; take backend='xla' or 'cudnn'"
         )
     return None

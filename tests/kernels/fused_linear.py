@@ -50,7 +50,7 @@ def favor(q, k, v, *, weight, mask=ALL, state=None, interpret=True):
     """`weight` is as the op has it, D^-1/4 not in it."""
     weight, half = jnp.asarray(weight * q.shape[3] ** -0.25), 0.5 * q.shape[3] ** -0.5
     with use("tpu", interpret):
-        assert fused_linear.refuse_favor(q, k, v, weight, mask=mask) is None
+        assert fused_linear.refuse_favor(q, k, v, weight) is None
         return fused_linear.favor(q, k, v, weight, half=half, mask=mask, chunk=128, state=state)
 
 
